@@ -38,7 +38,7 @@ from etr_megatron.rollout import (
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.record import Reached, read_reached, write_reached, write_record
+from etr_megatron.rollout.record import RolloutProgress, read_reached, write_reached, write_record
 from etr_megatron.types import Group
 from etr_megatron.weights.transport import SyncError
 
@@ -179,7 +179,9 @@ class Trainer:
             row = rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts | engine
             self._record(row, rollouts.groups)
             if self._recorder is not None:
-                write_reached(self._directory.reached_file, Reached(self._version, self.step, self.sampler.state_dict()))
+                write_reached(
+                    self._directory.reached_file, RolloutProgress(self._version, self.step, self.sampler.state_dict())
+                )
             self.trained = self.step
 
     def _roll_out(self) -> Rollouts:

@@ -12,12 +12,12 @@ import pytest
 import torch.distributed as dist
 
 from etr_megatron.platform import attendance
-from etr_megatron.platform.attendance import Attendance, Place
+from etr_megatron.platform.attendance import Attendance, RankProcess
 from tests.runs import wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
 
-AWAY = Place("far", 7, "another kernel", "1")
+AWAY = RankProcess("far", 7, "another kernel", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +28,13 @@ def soon(monkeypatch):
 
 def test_ranks_of_one_machine_that_live_are_all_there_and_need_no_thread_to_say_so():
     threads = threading.active_count()
-    assert Attendance(dist.HashStore(), 1, [Place.own()] * 3).loss() is None
+    assert Attendance(dist.HashStore(), 1, [RankProcess.own()] * 3).loss() is None
     assert threading.active_count() == threads
 
 
 def test_a_process_that_has_ended_or_whose_pid_is_anothers_by_now_is_gone():
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    own = Place.own()
+    own = RankProcess.own()
     try:
         # not waited for: its parent does not know it yet
         wait_for(lambda: attendance._begun(ended.pid) is None)
@@ -48,22 +48,22 @@ def test_a_process_that_has_ended_or_whose_pid_is_anothers_by_now_is_gone():
 
 def test_of_ranks_that_left_by_an_error_the_first_is_named_with_it():
     store = dist.HashStore()
-    ranks = [Attendance(store, rank, [Place.own()] * 3) for rank in range(3)]
+    ranks = [Attendance(store, rank, [RankProcess.own()] * 3) for rank in range(3)]
     ranks[2].leave("ValueError: no")
     ranks[1].leave("RuntimeError: closed by peer")
     ranks[0].leave("RuntimeError: closed by peer")
-    assert [one.loss() for one in ranks] == [f"rank 2 ({Place.own()}) failed: ValueError: no"] * 2 + [None]
+    assert [one.loss() for one in ranks] == [f"rank 2 ({RankProcess.own()}) failed: ValueError: no"] * 2 + [None]
 
 
 def test_a_rank_that_died_goes_before_those_that_failed_for_it():
-    store, own = dist.HashStore(), Place.own()
+    store, own = dist.HashStore(), RankProcess.own()
     ranks = [Attendance(store, rank, [own, own, own._replace(begun="1")]) for rank in range(2)]
     ranks[1].leave("RuntimeError: closed by peer")
     assert ranks[0].loss() == f"rank 2 (pid {own.pid} on {own.host}) ended without a word, as after SIGKILL"
 
 
 def test_a_rank_of_another_machine_answers_a_roll_call_and_one_that_does_not_is_named():
-    store, own = dist.HashStore(), Place.own()
+    store, own = dist.HashStore(), RankProcess.own()
     here = Attendance(store, 0, [own, AWAY, AWAY])
     assert here.loss() == "ranks 1 (pid 7 on far), 2 (pid 7 on far) gave no answer within 1 s"
     # As seen from there, it is rank 0 that is away.
@@ -74,7 +74,7 @@ def test_a_rank_of_another_machine_answers_a_roll_call_and_one_that_does_not_is_
 
 
 def test_of_the_ranks_of_a_machine_that_are_told_to_stop_the_first_calls_the_roll_for_all():
-    store, own = dist.HashStore(), Place.own()
+    store, own = dist.HashStore(), RankProcess.own()
     ranks = [Attendance(store, rank, [own, own, AWAY]) for rank in range(2)]
     lost = "rank 2 (pid 7 on far) gave no answer within 1 s"
     assert [one.told() for one in ranks] == [lost, lost]
@@ -87,7 +87,7 @@ def test_of_the_ranks_of_a_machine_that_are_told_to_stop_the_first_calls_the_rol
 
 
 def test_a_rank_that_is_told_alone_calls_it_itself():
-    store, own = dist.HashStore(), Place.own()
+    store, own = dist.HashStore(), RankProcess.own()
     second = Attendance(store, 1, [own, own, AWAY])
     away = Attendance(store, 2, [AWAY, AWAY, own])
     assert second.told() is None and away.is_stopped
@@ -111,7 +111,7 @@ class Broken:
 @pytest.mark.parametrize("hangs", [True, False])
 def test_without_the_store_a_rank_goes_on_and_knows_what_its_own_machine_shows(monkeypatch, hangs):
     monkeypatch.setattr(attendance, "_STORE_S", 0.1)
-    store, own = Broken(hangs), Place.own()
+    store, own = Broken(hangs), RankProcess.own()
     one = Attendance(store, 0, [own, own._replace(begun="1"), own])
     one.leave("ValueError: no")
     assert one.loss() == f"rank 1 (pid {own.pid} on {own.host}) ended without a word, as after SIGKILL"
@@ -125,7 +125,7 @@ def test_without_the_store_a_rank_goes_on_and_knows_what_its_own_machine_shows(m
 
 def test_the_word_that_the_job_was_told_to_stop_is_every_ranks():
     store = dist.HashStore()
-    ranks = [Attendance(store, rank, [Place.own()] * 2) for rank in range(2)]
+    ranks = [Attendance(store, rank, [RankProcess.own()] * 2) for rank in range(2)]
     assert not ranks[0].is_stopped
     ranks[1].stop()
     assert ranks[0].is_stopped and ranks[1].is_stopped

@@ -19,7 +19,7 @@ from etr_megatron.ending import Ending
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import RunDirectory
 from etr_megatron.platform import attendance
-from etr_megatron.platform.attendance import Attendance, Place
+from etr_megatron.platform.attendance import Attendance, RankProcess
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, Reported, read_status
 from tests.runs import wait_for
@@ -34,7 +34,7 @@ class Job:
 
     def __init__(self, folder, resume: bool = True, rank: int = 0) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        pid, store, own = self.process.pid, dist.HashStore(), Place.own()
+        pid, store, own = self.process.pid, dist.HashStore(), RankProcess.own()
         places = [own, own._replace(host="elsewhere", pid=pid, begun=attendance._begun(pid))]
         places = [places[rank], places[1 - rank]]
         self.own, self.other = (Attendance(store, one, places) for one in (rank, 1 - rank))

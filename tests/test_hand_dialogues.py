@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from etr_megatron.errors import UserError
+from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.platform.pump import Pump
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.hand import Hand
 from etr_megatron.rollout.in_hand import InHand
@@ -43,7 +43,7 @@ def assert_dialogues(taken, **limits) -> None:
 
 @pytest.fixture
 def without_pump(monkeypatch):
-    monkeypatch.setattr(Pump, "start", lambda self: None)
+    monkeypatch.setattr(BackgroundLoop, "start", lambda self: None)
 
 
 @pytest.fixture

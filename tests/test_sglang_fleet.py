@@ -179,7 +179,7 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
 
 @pytest.mark.slow
 def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone(monkeypatch):
-    monkeypatch.setattr("etr_megatron.rollout.sglang.pulse._LOOKS", 150)  # in 120 s: one in every batch
+    monkeypatch.setattr("etr_megatron.rollout.sglang.liveness._LOOKS", 150)  # in 120 s: one in every batch
 
     async def body():
         async with fleet_of({"seconds": 1.0, "busy": True}) as fleet:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.senders import Outbox
+from etr_megatron.rollout.sglang.senders import SendQueue
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.transport import DiskWriter, Wire, disk, exchange
@@ -20,7 +20,7 @@ from tests.test_plan import architecture
 from tests.transport_jobs import shards_from
 
 
-def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
+def test_a_send_queue_has_one_bucket_under_way_while_the_next_is_gathered():
     """For `broadcast` and `tensor`."""
     posted: list[tuple[str, Future[None]]] = []
 
@@ -28,9 +28,9 @@ def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
         posted.append((bucket, Future()))
         return posted[-1][1]
 
-    outbox = Outbox(post)
-    outbox.put("first")  # returns with the bucket under way, else this test would hang here
-    second = threading.Thread(target=outbox.put, args=("second",))
+    send_queue = SendQueue(post)
+    send_queue.put("first")  # returns with the bucket under way, else this test would hang here
+    second = threading.Thread(target=send_queue.put, args=("second",))
     second.start()
     second.join(0.2)
     assert [bucket for bucket, _ in posted] == ["first"] and second.is_alive()
@@ -38,9 +38,9 @@ def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
     second.join(300)
     assert [bucket for bucket, _ in posted] == ["first", "second"]
     posted[1][1].set_exception(RuntimeError("the server is gone"))
-    outbox.put("dropped")
+    send_queue.put("dropped")
     with pytest.raises(RuntimeError, match="the server is gone"):
-        outbox.flush()
+        send_queue.flush()
     assert len(posted) == 2
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
-from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
+from etr_megatron.rollout.sglang.senders import SendQueue, SendSettings, WholeTensors
 from etr_megatron.weights import TrainingLayout, read_architecture
 from tests.transport_jobs import picklable, shards_from
 
@@ -55,4 +55,4 @@ def delivered(_bucket: Bucket | None = None) -> Future[None]:
 
 def whole_tensors(source: TrainingLayout, settings: SendSettings, post: Callable[[Bucket], Future[None]]) -> WholeTensors:
     """The transport of whole tensors to servers, of which rank 0 hands buckets to `post`."""
-    return WholeTensors(source, settings, Outbox(post) if dist.get_rank() == 0 else None, NodeBuckets({}, 1, 1))
+    return WholeTensors(source, settings, SendQueue(post) if dist.get_rank() == 0 else None, NodeBuckets({}, 1, 1))

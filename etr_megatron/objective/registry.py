@@ -19,8 +19,8 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError, import_function, takes
+from etr_megatron.objective.attribution import attributed_to_loss
 from etr_megatron.objective.inputs import LossInputs, LossOutputs
-from etr_megatron.objective.own_code import told_as_the_losses
 
 LossFunction = Callable[[LossInputs], LossOutputs]
 
@@ -46,7 +46,7 @@ class PolicyLoss:
         if is_tried:
             # Take the trial gradient below through aliases, so that hooks on the policy's tensors do not see it.
             inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
-        with told_as_the_losses(self.name) if is_users else nullcontext():
+        with attributed_to_loss(self.name) if is_users else nullcontext():
             outputs = self.function(inputs)
         fault = _fault(outputs, inputs) or self._other_rows(outputs)
         if fault:
@@ -59,7 +59,7 @@ class PolicyLoss:
         """Raise UserError if the gradient fails, as after an in-place operation: backward could not blame the loss."""
         policys = [values for values in (inputs.logp, inputs.entropy) if values.requires_grad]
         if policys and outputs.loss.requires_grad:
-            with told_as_the_losses(self.name, "in its gradient "):
+            with attributed_to_loss(self.name, "in its gradient "):
                 torch.autograd.grad(outputs.loss, policys, retain_graph=True, allow_unused=True)
 
     def _other_rows(self, outputs: LossOutputs) -> str:

@@ -31,7 +31,7 @@ _STORE_S = 5.0
 T = TypeVar("T")
 
 
-class Place(NamedTuple):
+class RankProcess(NamedTuple):
     """Where a rank runs. system: its kernel and process namespace, in which others can look for it; "" on all but Linux.
     begun: when its process began, as another may get its pid."""
 
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     begun: str
 
     @classmethod
-    def own(cls) -> Place:
+    def own(cls) -> RankProcess:
         """This process's."""
         host, pid = socket.gethostname(), os.getpid()
         if sys.platform != "linux":
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 class Attendance:
     """The ranks of a job. store: of the job, used from several threads, of which none waits for a key. places: of all ranks."""
 
-    def __init__(self, store: dist.Store, rank: int, places: Sequence[Place]) -> None:
+    def __init__(self, store: dist.Store, rank: int, places: Sequence[RankProcess]) -> None:
         self._store, self.rank, self._places = store, rank, list(places)
         self._lost: set[int] = set()
         self._is_stopped = self._is_mute = False
@@ -71,9 +71,9 @@ class Attendance:
     @classmethod
     def of_job(cls) -> Attendance:
         """A collective."""
-        places = [Place.own()] * dist.get_world_size()
+        places = [RankProcess.own()] * dist.get_world_size()
         if len(places) > 1:
-            dist.all_gather_object(places, Place.own())
+            dist.all_gather_object(places, RankProcess.own())
         return cls(own_connection(job_store()), dist.get_rank(), places)
 
     def leave(self, why: str) -> None:

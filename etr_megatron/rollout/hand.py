@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
+from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.platform.pump import Pump
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
 from etr_megatron.rollout.engine import (
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GLANCE_S = 0.01
-"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop. A worker of the
-environment gets its next call only between two waits."""
+"""Longest wait for the engine while the environment has responses, too, and of the background loop, which others stop. A worker
+of the environment gets its next call only between two waits."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
@@ -64,7 +64,7 @@ class Hand:
         self._replying: dict[int, tuple[InHand, Sample]] = {}  # at the environment, by the sample's id()
         # While the ranks train, and during grading, dialogues go on in another thread. All methods below that touch the groups
         # stop it first.
-        self._pump = Pump(self._go_on_alone, "dialogues")
+        self._background = BackgroundLoop(self._go_on_alone, "dialogues")
         self._groups: list[InHand] = []
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
@@ -78,7 +78,7 @@ class Hand:
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`."""
         rollout = self._config.rollout
-        self._pump.stop()
+        self._background.stop()
         ahead = rollout.max_staleness * rollout.prompts_per_step
         wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
         with timer("reward"):
@@ -112,7 +112,7 @@ class Hand:
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
         with suppress(Exception):  # the run ends with an error of its own, but first it saves what is trained
-            self._pump.stop()
+            self._background.stop()
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
 
@@ -122,7 +122,7 @@ class Hand:
         A sync follows the training of a step, whose groups (gigabytes with routing) are freed here before new ones come.
         """
         with suppress(*_OF_ENGINE):  # they would recur when the requests are made again
-            self._pump.stop()
+            self._background.stop()
         self._taken = 0, []
         self._accept(self._engine.stop(abort=self._config.rollout.partial))
         self._under_way.clear()  # requests that an engine without servers could not answer are submitted again
@@ -138,7 +138,7 @@ class Hand:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in hand; tokens that the engine has not returned yet will be drawn again, and replies asked for again."""
-        with self._pump.held():
+        with self._background.held():
             groups = self._groups
             if self._dialogues is not None and self._dialogues.is_broken(self):
                 # The next step will end the run. Its failures must not be in a checkpoint that was saved before it.
@@ -171,14 +171,14 @@ class Hand:
     def close(self) -> None:
         """Stop what goes on in another thread."""
         with suppress(Exception):  # the run has ended
-            self._pump.stop()
+            self._background.stop()
 
     def _start_pump(self) -> None:
         if self._dialogues is not None and self._config.rollout.max_staleness:
-            self._pump.start()
+            self._background.start()
 
     def _go_on_alone(self) -> bool:
-        """One round of the pump; returns whether anything is under way."""
+        """One round of the background loop; returns whether anything is under way."""
         self._go_on(_GLANCE_S)
         return bool(self._under_way or self._replying)
 
@@ -290,7 +290,7 @@ class Hand:
         if not samples:
             return
         # A reward may take its time: a model that judges, tests that run. Dialogues do not wait for it.
-        with nullcontext() if self._dialogues is None else self._pump.beside():
+        with nullcontext() if self._dialogues is None else self._background.beside():
             grades = grade_samples(samples, self._grader)
             # Before an error of the dialogues is raised here: a later take goes on with these groups, and grades none twice.
             self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]

@@ -31,7 +31,7 @@ _LINE_END = len("}\n")
 
 
 @dataclass(frozen=True)
-class Reached:
+class RolloutProgress:
     """Progress of a run that only records: the end of `step`, with weights `version`. sampler: its state at that point."""
 
     version: int
@@ -137,7 +137,7 @@ def what_there_is(folder: Path, missing: int) -> str:
     return f"{folder} has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 
-def write_reached(file: Path, reached: Reached) -> None:
+def write_reached(file: Path, reached: RolloutProgress) -> None:
     """Replace what was written before; raises UserError on a full disk."""
     state = dict(reached.sampler)
     tensors = state.pop("tensors", {})
@@ -145,14 +145,14 @@ def write_reached(file: Path, reached: Reached) -> None:
     write_atomically(file, save(tensors, metadata={"reached": said}))
 
 
-def read_reached(file: Path) -> Reached | None:
+def read_reached(file: Path) -> RolloutProgress | None:
     """What `write_reached` wrote last, None when there is nothing."""
     if not file.is_file():
         return None
     with safe_open(file, "pt") as opened:
         found = json.loads(opened.metadata()["reached"])
         found["sampler"]["tensors"] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return Reached(**found)
+    return RolloutProgress(**found)
 
 
 def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]:

@@ -18,15 +18,15 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
-from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.places import hosts_away
+from etr_megatron.rollout.sglang.restart_backoff import RestartBackoff
 from etr_megatron.rollout.sglang.router import Router
-from etr_megatron.rollout.sglang.senders import Outbox
+from etr_megatron.rollout.sglang.senders import SendQueue
 from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.suspicions import Suspicions
@@ -114,7 +114,7 @@ class Control:
             hang_timeout_s=config.hang_timeout_s,
             router=self._router,
         )
-        self._comebacks = Comebacks(names)
+        self._backoff = RestartBackoff(names)
         self._released: list[tuple[str, int]] = []
         self.stream = RequestStream(
             fleet,
@@ -131,7 +131,7 @@ class Control:
             self._delivery = BroadcastDelivery(
                 fleet, workers=config.tp, host=host, backend=backend, timeout_s=config.update_timeout_s
             )
-        self.outbox = Outbox(self._post)
+        self.send_queue = SendQueue(self._post)
 
     def _post(self, bucket: Bucket) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(self._delivery.deliver(bucket), self.loop)
@@ -165,7 +165,7 @@ class Control:
 
     def due(self) -> list[str]:
         """Failed servers that are to be brought back at this weight sync."""
-        return self._comebacks.due(self.fleet.failed)
+        return self._backoff.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
         """Take back servers that were `due`, if they have recovered or were restarted (in `started`). The sync comes next."""
@@ -175,7 +175,7 @@ class Control:
                     logger.warning("%s was started again in vain: %s", name, problem)
                 self.fleet.mark_failed(self._clients[name], str(problem))
                 if isinstance(problem, _UnwellError) and name not in started:  # unlike a restart, a health check is cheap
-                    self._comebacks.do_not_count(name)
+                    self._backoff.do_not_count(name)
             else:
                 logger.warning("%s is back", name)
                 self.fleet.rejoin(self._clients[name])

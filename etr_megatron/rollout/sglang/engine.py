@@ -164,7 +164,7 @@ class SglangEngine:
         shared = NodeBuckets(hosts, config.tp_on_a_node, config.tp)
         if control is None:
             return WholeSender(settings, None, None, shared)
-        return WholeSender(settings, control.outbox, control.serving, shared)
+        return WholeSender(settings, control.send_queue, control.serving, shared)
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Rank 0 alone gets the responses, other ranks empty ones. Raises EngineGoneError,

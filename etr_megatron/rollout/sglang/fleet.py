@@ -13,7 +13,7 @@ from typing import Any
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
-from etr_megatron.rollout.sglang.pulse import Pulse
+from etr_megatron.rollout.sglang.liveness import LivenessMonitor
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class _Asking:
 class Fleet:
     """Clients of all servers, and which of them take traffic.
 
-    timeout_s: of one response. hang_timeout_s: for a server to answer a liveness check, see `Pulse`. router: chooses the server
-    of a request, if there is one.
+    timeout_s: of one response. hang_timeout_s: for a server to answer a liveness check, see `LivenessMonitor`. router: chooses
+    the server of a request, if there is one.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Fleet:
         self._joins: Counter[str] = Counter()
         self._marks = 0
         self._looking = asyncio.Lock()
-        self._pulse = Pulse(hang_timeout_s, self.mark_failed)
+        self._liveness = LivenessMonitor(hang_timeout_s, self.mark_failed)
 
     @property
     def serving(self) -> list[ServerClient]:
@@ -202,7 +202,7 @@ class Fleet:
             self.mark_failed(client, "is not healthy")
             return None
         try:
-            with self._pulse.watch([client]):
+            with self._liveness.watch([client]):
                 await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
         except RefusedError:
             return True
@@ -235,7 +235,7 @@ class Fleet:
         may_abort: Callable[[], bool],
     ) -> Generated:
         """servers: those that may answer."""
-        with self._pulse.watch(servers):
+        with self._liveness.watch(servers):
             reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
         if reply.finish_reason == "abort" and not may_abort():
             raise ServerError(f"{asked.name}: aborted a request that it was not asked to abort")

@@ -12,7 +12,7 @@ from etr_megatron.config import SglangConfig, startup_timeout_of
 from etr_megatron.platform.job_store import own_connection
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.hosts import Host, Machine
-from etr_megatron.rollout.sglang.parts import PartsOfServers
+from etr_megatron.rollout.sglang.parts import SpanningServers
 
 
 class ServerSetting(NamedTuple):
@@ -54,5 +54,5 @@ def machine_of(
     }
     timeout_s = startup_timeout_of(config)
     if config.nodes_per_server > 1:
-        return PartsOfServers(commands, folder, timeout_s, own_connection(store))
+        return SpanningServers(commands, folder, timeout_s, own_connection(store))
     return Host(commands, folder, timeout_s)

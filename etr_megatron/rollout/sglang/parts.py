@@ -25,7 +25,7 @@ LATE_S = 30.0
 """By how much longer the other parts wait than the head, which knows more of why it does not answer."""
 
 
-class Meeting:
+class Rendezvous:
     """What the parts of a server tell each other during one start of it.
 
     store: of the job, with the same prefix on all nodes. attempt: the start's name; keys stay, so it must be new.
@@ -93,7 +93,7 @@ def merged(of_nodes: Iterable[Mapping[str, Started]]) -> dict[str, Started]:
     return found
 
 
-class PartsOfServers(Machine):
+class SpanningServers(Machine):
     """The parts of servers on one machine, at most one of each. store: of the job, for this thread alone."""
 
     def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float, store: dist.Store) -> None:
@@ -108,44 +108,44 @@ class PartsOfServers(Machine):
         """
         own = [name for name in names if name in self._commands]
         deadline = time.monotonic() + self._timeout_s
-        return {name: self._start_part(name, Meeting(self._store, attempt, name), deadline, must_stop) for name in own}
+        return {name: self._start_part(name, Rendezvous(self._store, attempt, name), deadline, must_stop) for name in own}
 
-    def _start_part(self, name: str, meeting: Meeting, deadline: float, must_stop: MustStop) -> Started:
+    def _start_part(self, name: str, rendezvous: Rendezvous, deadline: float, must_stop: MustStop) -> Started:
         is_head = self._commands[name].part == 0
         try:
             self._stop_to_start([name])
-            found = self._wait_for_part(name, meeting, deadline if is_head else deadline + LATE_S, must_stop)
+            found = self._wait_for_part(name, rendezvous, deadline if is_head else deadline + LATE_S, must_stop)
         except BaseException:
             with suppress(dist.DistError):  # the first error is the one to raise
-                meeting.fail()
+                rendezvous.fail()
             self.stop([name])
             raise
         if found.problem is not None:
-            meeting.fail()
-        elif is_head and not meeting.has_failed:
-            meeting.complete()
-        if meeting.has_failed:
+            rendezvous.fail()
+        elif is_head and not rendezvous.has_failed:
+            rendezvous.complete()
+        if rendezvous.has_failed:
             self.stop([name])
-            address = meeting.address
+            address = rendezvous.address
             is_taken = is_head and (found.port_taken or (address is not None and is_listened_to(address)))
             return Started("", found.problem, is_taken)
         return found
 
-    def _wait_for_part(self, name: str, meeting: Meeting, deadline: float, must_stop: MustStop) -> Started:
+    def _wait_for_part(self, name: str, rendezvous: Rendezvous, deadline: float, must_stop: MustStop) -> Started:
         command, process = self._commands[name], None
         devices = command.environment.get("CUDA_VISIBLE_DEVICES")
-        meeting.arrive(command.part, None if command.memory is None else share_of_free(command.memory, devices))
+        rendezvous.arrive(command.part, None if command.memory is None else share_of_free(command.memory, devices))
         if command.part == 0:
-            meeting.invite(f"{command.host}:{free_port(command.host)}")
+            rendezvous.invite(f"{command.host}:{free_port(command.host)}")
         while True:
             # What it died of comes first, even if that has killed another part, too.
-            if process is not None and (found := self._state(process, command, meeting)) is not None:
+            if process is not None and (found := self._state(process, command, rendezvous)) is not None:
                 return found
-            if meeting.has_failed:
+            if rendezvous.has_failed:
                 return Started("", None)
-            missing = meeting.missing(command.parts)
-            if process is None and not missing and (address := meeting.address) is not None:
-                process = self._launch(name, address, meeting.share(command.parts))
+            missing = rendezvous.missing(command.parts)
+            if process is None and not missing and (address := rendezvous.address) is not None:
+                process = self._launch(name, address, rendezvous.share(command.parts))
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) while waiting for {name}")
             if time.monotonic() >= deadline:
@@ -160,14 +160,14 @@ class PartsOfServers(Machine):
         self._processes[name] = process
         return process
 
-    def _state(self, process: ServerProcess, command: ServerCommand, meeting: Meeting) -> Started | None:
+    def _state(self, process: ServerProcess, command: ServerCommand, rendezvous: Rendezvous) -> Started | None:
         """What has become of a part; None while it starts."""
         if not process.is_running:
             taken = "address already in use" in process.said().lower()
             what = f"{self._called(process.name)} ended while it started; its log, {process.log}, ends:\n{process.last_words()}"
             return Started("", what, taken)
         if command.part > 0:
-            return Started("", None) if meeting.is_complete else None
+            return Started("", None) if rendezvous.is_complete else None
         answers = is_ours(process)
         if answers is False:
             return Started("", f"another process had taken the port of {process.name}, {process.url}", port_taken=True)

@@ -67,7 +67,7 @@ class SendSettings:
         return Wire.in_world(backend=self.backend, timeout_s=self.timeout_s)
 
 
-class Outbox:
+class SendQueue:
     """Hands buckets to the loop's thread, one at a time: the next is gathered while one is sent.
 
     post: starts to deliver a bucket. Errors are raised only by `flush`: gathering is a collective, which has to go on.
@@ -102,15 +102,15 @@ _PATIENCE = 3.0
 
 
 class WholeTensors(Transport):
-    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `outbox`; the other ranks have none.
+    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `queue`; the other ranks have none.
 
     shared: where servers find a bucket on their own machine.
     """
 
-    def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None, shared: NodeBuckets) -> None:
+    def __init__(self, source: TrainingLayout, settings: SendSettings, queue: SendQueue | None, shared: NodeBuckets) -> None:
         arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
         super().__init__(settings.wire(), arch, source)
-        self._outbox, self._shared, self._longest_wait_s = outbox, shared, _PATIENCE * settings.timeout_s
+        self._queue, self._shared, self._longest_wait_s = queue, shared, _PATIENCE * settings.timeout_s
         self._groups = groups_of(weights_of(arch), dtype, settings.fp8_block, limit)
         shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
@@ -119,7 +119,7 @@ class WholeTensors(Transport):
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         for number, group in enumerate(self._groups):
             self._follow(f"bucket {number}")
-            if self._outbox is None:
+            if self._queue is None:
                 self._gather.run(number, sources, None)
                 self._shared.share(group.tensors, group.nbytes, None)
                 continue
@@ -128,7 +128,7 @@ class WholeTensors(Transport):
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
             # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
-            self._outbox.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
+            self._queue.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
         self._follow("last bucket's delivery")
 
     def _follow(self, phase: str) -> None:
@@ -149,33 +149,33 @@ def _rank0(_weight: Weight) -> int:
 class WholeSender:
     """`broadcast` and `tensor`. See `Sender`.
 
-    outbox, serving (names of the servers that take part): on rank 0 only. shared: for `tensor` with the job's own servers.
+    queue, serving (names of the servers that take part): on rank 0 only. shared: for `tensor` with the job's own servers.
     """
 
     def __init__(
         self,
         settings: SendSettings,
-        outbox: Outbox | None,
+        queue: SendQueue | None,
         serving: Callable[[], Sequence[str]] | None,
         shared: NodeBuckets,
     ) -> None:
-        self._settings, self._outbox, self._serving, self._shared = settings, outbox, serving, shared
+        self._settings, self._queue, self._serving, self._shared = settings, queue, serving, shared
         self._tensors: WholeTensors | None = None
 
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`."""
         self._shared.serving = at_servers(lambda: of_rank0(self._serving)())
         if self._tensors is None:
-            self._tensors = WholeTensors(weights.layout, self._settings, self._outbox, self._shared)
+            self._tensors = WholeTensors(weights.layout, self._settings, self._queue, self._shared)
         try:
             self._tensors.sync(version, weights.shards())
         except BaseException:
             self._leave()
-            if self._outbox is not None:
+            if self._queue is not None:
                 with suppress(Exception):  # the first error is the one to raise
-                    self._outbox.flush()
+                    self._queue.flush()
             raise
-        at_servers(lambda: of_rank0(self._outbox).flush())
+        at_servers(lambda: of_rank0(self._queue).flush())
 
     def _leave(self) -> None:
         if self._tensors is not None:

@@ -39,7 +39,7 @@ from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import BEAT_S, SILENCE_S
 from etr_megatron.rollout.sglang.hosts import STARTS, Machine, Started
 from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
-from etr_megatron.rollout.sglang.parts import LATE_S, Meeting, merged
+from etr_megatron.rollout.sglang.parts import LATE_S, Rendezvous, merged
 from etr_megatron.rollout.sglang.places import address_towards, parts_of
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
@@ -151,7 +151,7 @@ class ServerNodes:
 
         def give_up(node: int) -> None:
             for name in own[node]:  # other parts of it would wait for this one
-                Meeting(self._store, attempt, name).fail()
+                Rendezvous(self._store, attempt, name).fail()
 
         once_s = startup_timeout_of(self._config)
         limit_s = _END_S + (STARTS * once_s if self._config.nodes_per_server == 1 else once_s + LATE_S)

@@ -9,7 +9,7 @@ _LONGEST = 32
 """Maximum number of weight syncs between two attempts."""
 
 
-class Comebacks:
+class RestartBackoff:
     """Decides which failed servers are brought back at a weight sync.
 
     All ranks wait while a server starts, and in a sync that it fails at, in vain if it fails again. So its next attempt is 2,

@@ -7,7 +7,7 @@ import pytest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.collect import UngradedError
 from tests.hands import Environment, Talker, assert_dialogue, hand_of, timer
-from tests.test_pump import no_thread_is_left, until
+from tests.test_background_loop import no_thread_is_left, until
 
 __all__ = ["no_thread_is_left"]  # a fixture
 
@@ -50,7 +50,7 @@ def test_what_goes_wrong_in_a_turn_during_grading_is_raised_after_it():
     def grader(requests):
         if not graded:
             environment.poll = broken
-            until(lambda: hand._pump._error is not None)
+            until(lambda: hand._background._error is not None)
         graded.append(len(requests))
         return grade(requests)
 
@@ -66,7 +66,7 @@ def test_a_reward_that_cannot_be_had_matters_more_than_what_goes_wrong_in_a_turn
 
     def grader(_requests):
         environment.poll = broken
-        until(lambda: hand._pump._error is not None)
+        until(lambda: hand._background._error is not None)
         raise UngradedError("no judge")
 
     hand._grader = grader
@@ -85,7 +85,7 @@ def test_what_was_graded_while_the_engine_was_lost_is_judged_once(lost):
         if not graded:
             setattr(engine, lost, True)
             environment.slow = lambda number: False  # so that there are turns to draw
-            until(lambda: hand._pump._error is not None)
+            until(lambda: hand._background._error is not None)
         graded.extend(one.answer for one in requests)
         return grade(requests)
 

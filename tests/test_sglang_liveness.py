@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from etr_megatron.rollout.sglang.client import ServerError
-from etr_megatron.rollout.sglang.pulse import Pulse
+from etr_megatron.rollout.sglang.liveness import LivenessMonitor
 
 pytestmark = pytest.mark.usefixtures("deadline")
 
@@ -27,14 +27,14 @@ class Client:
 def test_a_check_that_fails_by_its_own_fault_is_told_to_all_who_wait_and_checks_go_on_for_the_next():
     async def body():
         client, dead = Client(), []
-        pulse = Pulse(0.1, lambda client, why: dead.append(client.name))
+        monitor = LivenessMonitor(0.1, lambda client, why: dead.append(client.name))
 
         async def wait() -> None:
-            with pulse.watch([client]):
+            with monitor.watch([client]):
                 await asyncio.sleep(3600)
 
         first = await asyncio.gather(wait(), wait(), return_exceptions=True)
-        return first, list(dead), (await asyncio.gather(wait(), return_exceptions=True))[0], dead, pulse._looking
+        return first, list(dead), (await asyncio.gather(wait(), return_exceptions=True))[0], dead, monitor._looking
 
     first, none, then, dead, looking = asyncio.run(body())
     assert [type(error) for error in first] == [RuntimeError] * 2 and none == []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 
-class Pump:
+class BackgroundLoop:
     """Repeats `work` between `start` and `stop`, until it returns False or raises."""
 
     def __init__(self, work: Callable[[], bool], name: str) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from etr_megatron.platform.pump import Pump
+from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError, hand
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.hand import Hand
@@ -25,45 +25,45 @@ def until(holds) -> None:
         time.sleep(0.002)
 
 
-def pumps() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name in ("dialogues", "a pump")]
+def loops() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("dialogues", "a loop")]
 
 
 @pytest.fixture(autouse=True)
 def graded_at_once(monkeypatch):
-    """For what goes on during grading see test_pump_grading.py."""
-    monkeypatch.setattr(Pump, "beside", lambda self: contextlib.nullcontext())
+    """For what goes on during grading see test_background_grading.py."""
+    monkeypatch.setattr(BackgroundLoop, "beside", lambda self: contextlib.nullcontext())
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert not pumps()
+    assert not loops()
 
 
 def test_the_work_is_repeated_until_it_is_stopped():
     count = Counter()
-    pump = Pump(lambda: count.update("x") or True, "a pump")
-    pump.start()
-    pump.start()
-    assert len(pumps()) == 1
+    loop = BackgroundLoop(lambda: count.update("x") or True, "a loop")
+    loop.start()
+    loop.start()
+    assert len(loops()) == 1
     until(lambda: count["x"] > 3)
-    pump.stop()
+    loop.stop()
     before = count["x"]
-    pump.stop()
-    assert not pumps() and count["x"] == before
-    pump.start()
+    loop.stop()
+    assert not loops() and count["x"] == before
+    loop.start()
     until(lambda: count["x"] > before)
-    pump.stop()
+    loop.stop()
 
 
 def test_the_work_ends_when_there_is_none_and_can_begin_again():
     count = Counter()
-    pump = Pump(lambda: bool(count.update("x")), "a pump")
+    loop = BackgroundLoop(lambda: bool(count.update("x")), "a loop")
     for turn in (1, 2):
-        pump.start()
-        until(lambda: not pumps())
-        pump.stop()
+        loop.start()
+        until(lambda: not loops())
+        loop.stop()
         assert count["x"] == turn
 
 
@@ -73,35 +73,35 @@ def test_what_the_work_raises_is_raised_once_by_stop_and_it_does_not_begin_befor
         raise ValueError("the work")
 
     count = Counter()
-    pump = Pump(fail, "a pump")
-    pump.start()
-    until(lambda: not pumps())
-    with pump.held():
+    loop = BackgroundLoop(fail, "a loop")
+    loop.start()
+    until(lambda: not loops())
+    with loop.held():
         pass
-    pump.start()
-    assert not pumps() and count["x"] == 1
+    loop.start()
+    assert not loops() and count["x"] == 1
     with pytest.raises(ValueError, match="the work"):
-        pump.stop()
-    pump.stop()
+        loop.stop()
+    loop.stop()
 
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_the_work_rests_in_a_block_and_goes_on_after_it_if_it_went_on_before(raises):
     count = Counter()
-    pump = Pump(lambda: count.update("x") or True, "a pump")
-    with pump.held():
-        assert not pumps()
-    assert not pumps()
-    pump.start()
+    loop = BackgroundLoop(lambda: count.update("x") or True, "a loop")
+    with loop.held():
+        assert not loops()
+    assert not loops()
+    loop.start()
     try:
-        with pump.held():
-            assert not pumps()
+        with loop.held():
+            assert not loops()
             if raises:
                 raise KeyError
     except KeyError:
         pass
-    assert bool(pumps()) is not raises
-    pump.stop()
+    assert bool(loops()) is not raises
+    loop.stop()
 
 
 class Guarded(Talker):
@@ -111,7 +111,7 @@ class Guarded(Talker):
         super().__init__(**options)
         self.overlaps, self.waits, self._inside = 0, 0, threading.Lock()
         self.error: Exception | None = None
-        self.gate = threading.Event()  # the pump's waits end when it is set
+        self.gate = threading.Event()  # the loop's waits end when it is set
         self.gate.set()
 
     def _alone(self, call):
@@ -137,7 +137,7 @@ class Guarded(Talker):
         return self._alone(wait)
 
     def stop(self, *, abort):
-        assert not pumps()
+        assert not loops()
         return self._alone(lambda: super(Guarded, self).stop(abort=abort))
 
 
@@ -153,7 +153,7 @@ def alone(monkeypatch):
 
     def guarded(function):
         def call(*args, **options):
-            assert threading.current_thread() is not threading.main_thread() or not pumps()
+            assert threading.current_thread() is not threading.main_thread() or not loops()
             return function(*args, **options)
 
         return call
@@ -188,7 +188,7 @@ def test_a_late_reply_is_waited_for_while_the_engine_has_nothing_to_do():
     until(lambda: environment.polls > polls + 10)
     environment.slow = lambda number: False
     until(lambda: not any(held.missing for held in ours._groups))
-    until(lambda: not pumps())
+    until(lambda: not loops())
     ours.close()
 
 
@@ -214,7 +214,7 @@ def test_nothing_goes_on_where_nothing_is_ahead_or_there_are_no_dialogues(option
     ours.take(1, timer)
     ours.pause()
     ours.resume()
-    assert not pumps()
+    assert not loops()
 
 
 @pytest.mark.parametrize("call", ["take", "pause", "put_back", "state_dict", "close"])
@@ -228,8 +228,8 @@ def test_a_call_waits_for_what_is_going_on_before_it_touches_the_groups(call, al
     threading.Timer(0.05, engine.gate.set).start()
     getattr(ours, call)(*{"take": (2, timer), "put_back": (1,)}.get(call, ()))
     assert engine.gate.is_set() and not engine.overlaps
-    assert not pumps() or call in ("take", "state_dict")
-    assert (ours._pump._thread is not None) is (call in ("take", "state_dict"))
+    assert not loops() or call in ("take", "state_dict")
+    assert (ours._background._thread is not None) is (call in ("take", "state_dict"))
     ours.close()
 
 
@@ -269,11 +269,11 @@ def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it
     ours.take(1, timer)
     engine.error = error
     engine.gate.set()
-    until(lambda: not pumps())
+    until(lambda: not loops())
     environment.slow = lambda number: False
     if before == "state_dict":
         state = ours.state_dict()
-        assert len(state["in_hand"]) == len(ours._groups) and not pumps()
+        assert len(state["in_hand"]) == len(ours._groups) and not loops()
     if before == "pause":
         sync(ours, engine)
     else:
@@ -298,7 +298,7 @@ def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone)
     taken = ours.take(1, timer)
     engine.error = error
     engine.gate.set()
-    until(lambda: not pumps())
+    until(lambda: not loops())
     ours.put_back(1)
     saved = {held["group"]["id"] for held in ours.state_dict()["in_hand"]}
     assert {group.id for group in taken.groups} <= saved
@@ -314,7 +314,7 @@ def test_any_other_error_comes_up_in_the_next_call_that_is_not_the_last(call, er
     ours.take(1, timer)
     engine.error = error
     engine.gate.set()
-    until(lambda: not pumps())
+    until(lambda: not loops())
     ours.state_dict()
     with pytest.raises(type(error), match=str(error)):
         getattr(ours, call)(*((2, timer) if call == "take" else ()))

@@ -11,7 +11,7 @@ from etr_megatron.errors import UserError
 
 
 @contextmanager
-def told_as_the_losses(name: str, where: str = "") -> Iterator[None]:
+def attributed_to_loss(name: str, where: str = "") -> Iterator[None]:
     """Turn an exception of the body, a single call, into a UserError with the loss's name and the traceback below that call.
 
     where: text between `raised` and the error. sys.exit counts as an exception: it would end the rank as if its work were done.

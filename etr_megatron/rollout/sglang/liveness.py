@@ -13,7 +13,7 @@ _LOOKS = 4
 """Number of liveness checks per `timeout_s`."""
 
 
-class Pulse:
+class LivenessMonitor:
     """While requests wait, checks that their servers are alive; one that does not answer for `timeout_s` is dead.
 
     on_dead(client, why) is called before the requests that wait for that server are cut off. Everything here runs in the event
