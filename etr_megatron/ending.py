@@ -47,13 +47,13 @@ class Ending:
         try:
             yield
         except StopAskedError as error:
-            raise self._requeued_by(RequeueError(f"{error}: {_AGAIN}"), self._saved()) from error
+            raise self._end_as_requeue(RequeueError(f"{error}: {_AGAIN}"), self._saved()) from error
         except Exception as error:
             if self._is_over:
                 raise
             self._attendance.leave(_said(error))
             if self._is_preempted():
-                raise self._requeue(error) from error
+                raise self._requeue_after(error) from error
             raise
 
     def run(self, train: Callable[[], None], trained: Callable[[], int]) -> None:
@@ -65,13 +65,15 @@ class Ending:
         try:
             train()
         except RequeueError as error:
-            self._requeued_by(error, self._done())
+            self._end_as_requeue(error, self._done())
             raise
         except Exception as error:
             self._attendance.leave(_said(error))
             if self._is_preempted():
-                raise self._requeue(error) from error
+                raise self._requeue_after(error) from error
             loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
+            if loss is not None and str(error) and str(error) in loss:
+                loss = None  # All ranks raise it, as what rank 0 does for all. Whose note came first says nothing.
             after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
             self._end("failed", self._done(), f"{after}{error}")
             raise
@@ -81,7 +83,7 @@ class Ending:
             self._directory.write_status("finished", trained(), self._config.run.steps)
 
     def _told(self) -> None:
-        """SIGTERM has come. Called in a thread, as the next."""
+        """SIGTERM has come. Runs in StopRequest's thread, as `_out_of_time` does."""
         loss = self._attendance.told()
         if loss is None:
             return
@@ -95,7 +97,7 @@ class Ending:
         if not self._can_resume() or (self._is_over and self._requeued is None):
             return None
         error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")
-        report_user_error(self._requeued or self._requeue(error))
+        report_user_error(self._requeued or self._requeue_after(error))
         return REQUEUE_EXIT
 
     def _is_preempted(self) -> bool:
@@ -108,13 +110,13 @@ class Ending:
     def _can_resume(self) -> bool:
         return self._config.checkpoint.resume and self._attendance.is_stopped
 
-    def _requeue(self, error: Exception) -> RequeueError:
+    def _requeue_after(self, error: Exception) -> RequeueError:
         saved = self._saved()
         words = f"told to stop (SIGTERM), and before it had: {error}; {_AGAIN} after step {saved}, the last that is saved"
         logger.warning("an error after SIGTERM, with which the run ends as `requeue`", exc_info=error)
-        return self._requeued_by(RequeueError(words), saved)
+        return self._end_as_requeue(RequeueError(words), saved)
 
-    def _requeued_by(self, error: RequeueError, step: int) -> RequeueError:
+    def _end_as_requeue(self, error: RequeueError, step: int) -> RequeueError:
         self._attendance.stop()  # ranks that are still about to end so may lose those that have
         self._requeued = error
         self._end("requeue", step, str(error))

@@ -143,7 +143,7 @@ def step_metrics(
         "logprob_gap_max": gap.max().item(),
         **_engine_mismatch(batch, config),
         **_replayed(batch),
-        **_shaped_reward(batch, config),
+        **_shaped_reward(groups, batch, config),
         **{name: _mean([update.balance[name] for update in updates]) for name in updates[0].balance},
         **{name: max(update.memory[name] for update in updates) for name in updates[0].memory},
         **_by_pass_rate(batch, total),
@@ -201,13 +201,14 @@ def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:
     return {"mismatch_kl": mismatch, **means}
 
 
-def _shaped_reward(batch: PolicyBatch, config: Config) -> dict[str, float]:
-    """Mean of the shaped rewards over samples, if they differ from the verifier's."""
+def _shaped_reward(groups: Sequence[Group], batch: PolicyBatch, config: Config) -> dict[str, float]:
+    """Mean of the shaped rewards over the samples that count in their groups, if they differ from the verifier's."""
     kl_in_reward = config.objective.kl_in == "reward" and config.objective.kl_coef > 0
     if not (config.reward.overlong_buffer or kl_in_reward):
         return {}
-    # Every sample carries its group's mean, so the mean over samples equals the mean reward.
-    return {"reward_shaped_mean": batch.group_mean.double().mean().item()}
+    counted = torch.tensor([not sample.call_failed for group in groups for sample in group.samples])
+    # Each of these carries its group's mean over them, so the mean of what they carry equals the mean reward.
+    return {"reward_shaped_mean": batch.group_mean[counted].double().mean().item()} if counted.any() else {}
 
 
 def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, float]:

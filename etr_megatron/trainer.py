@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MOST_COMEBACKS = 32
-"""How often servers are brought back to draw the same responses. A prompt that kills servers costs three of them at most."""
+"""How often servers are brought back to draw the same responses. A prompt that kills servers costs those that it was
+spread over and two more."""
 
 ROLL_CALL_S = 60.0
 """Seconds for all ranks to meet while none of them is busy."""

@@ -55,6 +55,23 @@ def test_of_ranks_that_left_by_an_error_the_first_is_named_with_it():
     assert [one.loss() for one in ranks] == [f"rank 2 ({RankProcess.own()}) failed: ValueError: no"] * 2 + [None]
 
 
+def test_that_the_job_was_told_to_stop_is_remembered_without_the_store():
+    class Store(dist.HashStore):
+        is_gone = False
+
+        def check(self, keys):
+            if self.is_gone:
+                raise dist.DistNetworkError("no store")
+            return super().check(keys)
+
+    store, own = Store(), RankProcess.own()
+    ranks = [Attendance(store, rank, [own, own]) for rank in range(2)]
+    ranks[0].stop()
+    assert ranks[1].told() is None
+    store.is_gone = True
+    assert ranks[1].is_stopped
+
+
 def test_a_rank_that_died_goes_before_those_that_failed_for_it():
     store, own = dist.HashStore(), RankProcess.own()
     ranks = [Attendance(store, rank, [own, own, own._replace(begun="1")]) for rank in range(2)]

@@ -235,6 +235,18 @@ def test_a_dialogue_that_a_failed_call_ended_changes_nothing_for_the_rest_of_its
     assert not found.advantage[8:10].any() and not found.weight[8:10].any()
 
 
+def test_the_mean_of_shaped_rewards_is_of_the_responses_that_count():
+    overrides = ["reward.overlong_buffer=3", "rollout.max_response_tokens=7"]
+    failed, settings = groups(), config(*overrides)
+    for sample in failed[3].samples[1:3]:
+        sample.environment_status = "error"
+    batch = build_batch(failed, settings, 1, old=logprobs(), reference=None)
+    means = [batch.group_mean[i].item() for i in (0, 2, 5, 7)]
+    wanted = (2 * means[0] + 3 * means[1] + 2 * means[2] + 2 * means[3]) / 9
+    row = step_metrics(3, failed, batch, [update(33.0, ratio=33.0, ratio_squared=33.0)], settings)
+    assert row["reward_shaped_mean"] == pytest.approx(wanted)
+
+
 def test_a_group_is_flat_if_the_rewards_that_count_are_equal():
     (group,) = groups()[:1]
     for sample in group.samples:

@@ -83,6 +83,13 @@ def test_a_job_that_was_told_to_stop_is_to_be_started_again_whatever_error_comes
     assert raised.value.__cause__ is error and f"{type(error).__name__}: {error}" in caplog.text
 
 
+def test_an_error_that_all_ranks_raise_is_no_other_ranks(job):
+    job.other.leave(f"RuntimeError: {LOST}")
+    with pytest.raises(RuntimeError):
+        job.run(error=LOST, told=False)
+    assert job.status == ("failed", 7, str(LOST))
+
+
 def test_so_is_one_of_which_another_rank_was_told(job):
     job.other.stop()
     with pytest.raises(RequeueError):

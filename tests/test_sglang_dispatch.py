@@ -259,6 +259,37 @@ def test_nothing_is_remembered_of_requests_that_have_ended():
     assert not any(dispatch._lanes_at.values()) and not dispatch._load.total()
 
 
+def test_a_request_that_waits_when_its_prompt_falls_under_suspicion_is_tested_next():
+    dispatch = dispatch_of("pp", concurrency=1)
+    (order,) = begin(dispatch, ["a"])
+    dispatch.ended(order.key)
+    dispatch.suspect("p", "a")
+    dispatch.forget(order.key)  # nobody waits for it any more
+    assert begin(dispatch, ["b"]) == [Order(1, "b", True)]
+
+
+def test_dialogues_come_before_other_requests_that_wait_for_the_server():
+    dispatch = dispatch_of("pppqqq")
+    assert [order[:2] for order in begin(dispatch, ["a", "b"])] == [(0, "a"), (1, "a"), (3, "b"), (4, "b")]
+    dispatch.add(6, "r", first=True, cached_at="a")
+    assert begin(dispatch, ["a", "b"]) == []
+    end(dispatch, 0)
+    assert dispatch.next(["a", "b"], spare_last=False, routed=False) == Order(6, "a", False)
+
+
+def test_dialogues_of_a_group_that_all_had_a_turn_go_on_at_their_servers():
+    dispatch = dispatch_of("pppppppp", concurrency=4)
+    first = begin(dispatch, ["a", "b"])
+    dispatch.is_harmless("p")
+    orders = first + begin(dispatch, ["a", "b"])
+    assert Counter(order.server for order in orders) == {"a": 4, "b": 4}
+    for order in orders:
+        end(dispatch, order.key)
+    for order in orders:
+        dispatch.add(8 + order.key, "p", cached_at=order.server)
+    assert {order.key - 8: order.server for order in begin(dispatch, ["a", "b"])} == {one.key: one.server for one in orders}
+
+
 class RandomFleet:
     """A fleet of random size with lethal prompts and servers that also die by themselves; all come back when nothing can go on.
 
@@ -272,12 +303,19 @@ class RandomFleet:
         prompts = [f"p{number}" for number in range(self.rng.randint(1, 20))]
         self.lethal = set(self.rng.sample(prompts, min(len(prompts), self.rng.randint(0, 2))))
         self.dispatch, self.left = Dispatch(self.rng.randint(1, 5), {}), {}
-        for key in range(self.rng.randint(1, 80)):
-            self.left[key] = self.rng.choice(prompts)
-            self.dispatch.add(key, self.left[key], cached_at=self.rng.choice(["", *self.servers]))
         self.serving, self.under_way = list(self.servers), {}
         self.answered, self.given_up = [], []
         self.killed, self.harmless, self.homes = Counter(), set(), Counter()
+        for key in range(self.rng.randint(1, 80)):
+            self.add(key, self.rng.choice(prompts), self.rng.choice(["", *self.servers]))
+
+    def add(self, key: int, prompt: str, cached_at: str) -> None:
+        """Of a prompt that kills at once, no turn was ever complete."""
+        may_go_on = self.late or prompt not in self.lethal
+        self.left[key] = prompt
+        self.dispatch.add(key, prompt, cached_at=cached_at if may_go_on else "")
+        if cached_at and may_go_on:
+            self.harmless.add(prompt)
 
     def go_on(self) -> None:
         """Start what can start, then let one request end, whichever way."""

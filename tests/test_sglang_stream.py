@@ -62,6 +62,25 @@ def test_the_responses_to_one_prompt_are_spread_over_idle_servers_when_the_first
     assert Counter(reply.server for reply in found.values()) == {"server 0": 2, "server 1": 2, "server 2": 2}
 
 
+def test_a_fault_of_the_look_whether_a_prompt_is_harmless_ends_the_wait(monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.stream._HARMLESS_S", 0.1)
+
+    async def fault(_client, _timeout_s):
+        raise KeyError("no such name")
+
+    async def body():
+        async with fleet_of({"tokens_per_s": 300, "pause_at": 30}, {}) as fleet:
+            stream = RequestStream(fleet, concurrency=8, exclusive=True)
+            monkeypatch.setattr(ServerClient, "is_healthy", fault)
+            await stream.submit({key: Request([3, 7], replace(PARAMETERS, max_new_tokens=90, seed=key)) for key in range(4)})
+            with pytest.raises(KeyError, match="no such name"):
+                await asyncio.to_thread(stream.wait, 60.0)
+            await goes_on(fleet.clients[0])
+            await stream.stop(abort=True)
+
+    asyncio.run(body())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])

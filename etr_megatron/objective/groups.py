@@ -78,7 +78,7 @@ def group_statistics(
         raise ValueError(
             f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(verifier)} verifier rewards must be equally many"
         )
-    counts = torch.tensor([True] * len(rewards) if counted is None else list(counted))
+    counts = torch.tensor([True] * len(rewards) if counted is None else list(counted), dtype=torch.bool)
     if len(counts) != len(rewards):
         raise ValueError(f"counted has {len(counts)} values for {len(rewards)} rewards")
     trained = torch.tensor(list(rewards), dtype=torch.float64)

@@ -38,7 +38,7 @@ class StepMetrics(TypedDict):
     mismatch_kl: float  # KL(engine || trainer), k3 estimator, nats per token
     correction_mean: float  # mean off-policy weight of a token; 1 without a correction
     correction_frac: float  # share of tokens that the correction truncated or masked
-    zero_variance_groups: int  # groups whose verifier's rewards are all equal; no policy gradient, unless rewards are shaped
+    zero_variance_groups: int  # groups whose verifier's rewards that count are all equal; no policy gradient, unless shaped
     truncated: int  # samples cut off at `rollout.max_response_tokens`
     reward_timeouts: int  # answers not graded within `reward.timeout_s`; they get the lowest reward
     reward_errors: int  # answers on which the reward function failed; they get the lowest reward
@@ -78,7 +78,7 @@ class MetricsRow(StepMetrics, total=False):
     reply_tokens_mean: float  # with an environment: tokens of its replies per sample; the loss does not cover them
     environment_errors: int  # with an environment: samples, left out of the loss, that ended because its function failed
     environment_timeouts: int  # the same, because it did not return within `environment.timeout_s`
-    reward_shaped_mean: float  # reward that is trained on, if it is not the verifier's; mean over samples
+    reward_shaped_mean: float  # reward that is trained on, if it is not the verifier's; mean over samples without a failed call
     groups_asked: int  # with dynamic sampling: prompts requested since the last step, including those requested ahead
     groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal
     groups_filled: int  # groups that were left out, but trained on because there were too few others

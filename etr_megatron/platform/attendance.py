@@ -22,7 +22,8 @@ import torch.distributed as dist
 from etr_megatron.platform.job_store import job_store, own_connection
 
 ANSWER_S = 3.0
-"""Time for a rank of another machine to answer a roll call. Every rank looks for one at intervals of `_LOOK_S`."""
+"""Time for a rank of another machine to answer a roll call. Every rank looks for one at intervals of `_LOOK_S`. A rank whose
+Python threads all wait this long for one call into a library counts as gone."""
 
 _LOOK_S, _POLL_S = 0.5, 0.05
 _STORE_S = 5.0
@@ -50,7 +51,8 @@ class RankProcess(NamedTuple):
             boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
         except OSError:  # a sandbox
             return cls(host, pid, "", "")
-        return cls(host, pid, f"{boot} {namespace}", _begun(pid) or "")
+        begun = _begun(pid)  # None where /proc shows the processes of another namespace
+        return cls(host, pid, f"{boot} {namespace}", begun) if begun else cls(host, pid, "", "")
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}"
@@ -62,7 +64,7 @@ class Attendance:
     def __init__(self, store: dist.Store, rank: int, places: Sequence[RankProcess]) -> None:
         self._store, self.rank, self._places = store, rank, list(places)
         self._lost: set[int] = set()
-        self._is_stopped = self._is_mute = False
+        self._is_stopped = self._store_is_silent = False
         self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
         self._away = [one for one in range(len(places)) if one not in self._here and one != rank]
         if self._away:  # those that are all on one machine see each other without a thread
@@ -87,14 +89,15 @@ class Attendance:
         self._ask(note, None)
 
     def stop(self) -> None:
-        """Say that the job was told to stop while all ranks were there: errors after that are of no account."""
+        """Say that the job was told to stop while all ranks were there: a later error does not make it a failed one."""
         self._is_stopped = True
         self._ask(lambda: self._store.set("stopped", ""), None)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a rank has said so."""
-        return self._is_stopped or self._read("stopped") is not None
+        """Whether a rank has said so; remembered, as the store may end before this rank."""
+        self._is_stopped = self._is_stopped or self._read("stopped") is not None
+        return self._is_stopped
 
     def told(self) -> str | None:
         """This rank was told to stop: says so if all ranks are there, and returns who is gone otherwise, see `loss`.
@@ -202,11 +205,11 @@ class Attendance:
             with suppress(RuntimeError):
                 found.append(work())
 
-        if not self._is_mute:
+        if not self._store_is_silent:
             thread = threading.Thread(target=run, name="attendance", daemon=True)
             thread.start()
             thread.join(_STORE_S)
-            self._is_mute = thread.is_alive()
+            self._store_is_silent = thread.is_alive()
         return found[0] if found else otherwise
 
     def _named(self, ranks: Sequence[int]) -> str:

@@ -14,6 +14,11 @@ class Heartbeat:
         self._store, self._key = store, key
         self._seen, self._last = -1, time.monotonic()
 
+    @property
+    def has_beaten(self) -> bool:
+        """Whether there was a beat by the last call of `silence_s`."""
+        return self._seen > 0
+
     def silence_s(self) -> float:
         """Seconds without a beat, as observed by calls of this method."""
         beats = self._store.add(self._key, 0)

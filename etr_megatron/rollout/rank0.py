@@ -27,6 +27,9 @@ BEAT_S = 2.0
 SILENCE_S = 60.0
 """Silence after which rank 0 is considered lost. If its process ends, torchrun ends the others sooner."""
 
+LATE_S = 600.0
+"""The same before its first heartbeat: it may still do what the others had no part in, such as stop servers one by one."""
+
 PIECE = 64 << 20
 """Bytes per broadcast."""
 
@@ -74,7 +77,8 @@ def on_rank0_until_stopped(
 def _signs() -> dist.Store | None:
     """The store in which ranks signal each other during one call; None with a single rank. A collective.
 
-    All calls share one connection: a weight sync makes several, on hundreds of ranks.
+    All calls share one connection: a weight sync makes several, on hundreds of ranks. Their two keys each stay in the store,
+    some kilobytes in a thousand steps.
     """
     global _connection
     world = dist.group.WORLD
@@ -152,7 +156,8 @@ def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
         if not told and must_stop():
             store.set("stop", "")
             told = True
-        if heart.silence_s() > SILENCE_S:
-            raise TimeoutError(f"rank {dist.get_rank()}: rank 0 has given no sign of life for {SILENCE_S:g} s")
+        silence_s, limit_s = heart.silence_s(), SILENCE_S if heart.has_beaten else LATE_S
+        if silence_s > limit_s:
+            raise TimeoutError(f"rank {dist.get_rank()}: rank 0 has given no sign of life for {limit_s:g} s")
         time.sleep(pause)
         pause = min(_GROWTH * pause, _LONGEST_PAUSE_S)

@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-_HOME_EXCESS, _DIALOGUE_EXCESS = 8, 2
+_HOME_DIVISOR, _DIALOGUE_DIVISOR = 8, 2
 """A server may be one eighth above its share for what has a prompt cached there, and half for what has a dialogue. A request
 more slows down every step of decoding there, a prefill stops decoding once; a prompt is short, a dialogue is not."""
 
@@ -85,6 +85,7 @@ class Dispatch:
         self._counts[prompt] += 1
         if cached_at:
             self._cached_at[key] = cached_at
+            self.is_harmless(prompt)  # a turn of it is complete
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
@@ -101,6 +102,7 @@ class Dispatch:
         if not free:
             return None
         self._leave_lost(usable)
+        self._set_dialogues_aside(usable)
         share = self._concurrency if routed else self._share(len(usable))
         order = self._next_set_aside(free, share) or self._next_waiting(usable, free, share)
         return self._next_elsewhere(free, share) if order is None and not routed else order
@@ -148,6 +150,8 @@ class Dispatch:
         if prompt not in self._suspects:
             self.deaths[prompt] = self.deaths.get(prompt, 0) + 1
             self._suspects[prompt] = server
+            self._hold(prompt, [key for key in self._waiting if self._prompts[key] == prompt])
+            self._waiting = deque(key for key in self._waiting if self._prompts[key] != prompt)
             for lane in [lane for lane in self._lanes if lane.prompt == prompt]:
                 self._hold(prompt, self._pop_lane(lane))
 
@@ -218,7 +222,7 @@ class Dispatch:
 
     def _has_place(self, server: str, lane: _Lane, share: int) -> bool:
         """Whether one that has these requests' prompt or dialogues cached takes another of them."""
-        excess = max(1, share // _DIALOGUE_EXCESS) if lane.cached_at else share // _HOME_EXCESS
+        excess = max(1, share // _DIALOGUE_DIVISOR) if lane.cached_at else share // _HOME_DIVISOR
         return self._load[server] < share + excess
 
     def _may_have(self, server: str, prompt: str) -> bool:
@@ -231,26 +235,27 @@ class Dispatch:
     def _next_set_aside(self, free: Sequence[str], share: int) -> Order | None:
         """One that waited for a server that now has a place for it."""
         for name in free:
-            for lane in self._lanes_at.get(name, ()):
+            for lane in sorted(self._lanes_at.get(name, ()), key=lambda lane: not lane.cached_at):  # dialogues first
                 if self._has_place(name, lane, share) and self._may_have(name, lane.prompt):
                     return self._begin(self._from_lane(lane), name)
         return None
+
+    def _set_dialogues_aside(self, usable: Collection[str]) -> None:
+        """Let begun dialogues at the head of the queue wait for their servers, ahead of other requests there."""
+        while self._waiting and (lane := self._lane_of(self._waiting[0], usable)).cached_at:
+            self._set_aside(self._waiting.popleft(), lane)
+
+    def _lane_of(self, key: int, usable: Collection[str]) -> _Lane:
+        prompt, cached_at = self._prompts[key], self._cached_at.get(key, "")
+        return _Lane(prompt, cached_at if cached_at in usable and self._may_have(cached_at, prompt) else "")
 
     def _next_waiting(self, usable: Collection[str], free: Sequence[str], share: int) -> Order | None:
         """The first that waits and whose servers have a place for it; those before it are set aside."""
         while self._waiting:
             key = self._waiting.popleft()
-            prompt, cached_at = self._prompts[key], self._cached_at.get(key, "")
-            homes = self._homes.get(prompt)
-            if prompt in self._suspects:
-                self._hold(prompt, [key])
-                continue
-            lane = _Lane(prompt, cached_at if cached_at in usable and self._may_have(cached_at, prompt) else "")
-            if lane.cached_at or homes:
-                wanted = (lane.cached_at,) if lane.cached_at else homes or ()
-                places = [name for name in free if name in wanted and self._has_place(name, lane, share)]
-            else:
-                places = list(free)
+            lane = self._lane_of(key, usable)
+            wanted = self._servers_of(lane)
+            places = [name for name in free if not wanted or (name in wanted and self._has_place(name, lane, share))]
             if places:
                 return self._begin(key, min(places, key=self._load.__getitem__))
             self._set_aside(key, lane)
@@ -312,7 +317,7 @@ class Dispatch:
         if keys:
             self._held.setdefault(prompt, deque()).extend(keys)
 
-    def _servers_of(self, lane: _Lane) -> Iterable[str]:
+    def _servers_of(self, lane: _Lane) -> Collection[str]:
         return (lane.cached_at,) if lane.cached_at else self._homes.get(lane.prompt, ())
 
     def _set_aside(self, key: int, lane: _Lane) -> None:

@@ -153,7 +153,7 @@ class ServerProcess:
     """
 
     def __init__(self, name: str, command: ServerCommand, log: Path) -> None:
-        """Start it; returns at once. Raises UserError when the interpreter does not exist."""
+        """Start it; returns at once. Raises UserError when the interpreter does not exist, or no port is free."""
         require_interpreter(command.python)
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command

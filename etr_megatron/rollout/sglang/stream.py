@@ -93,7 +93,8 @@ class RequestStream:
         """All replies since the last call; waits for at least one, up to `timeout_s`. May be called from any thread.
 
         Raises EngineGoneError when no server is left, NeedsSyncError when the only one left must not be risked, and
-        RefusedError, after which that request is dropped.
+        RefusedError, after which that request is dropped. Any other error is a fault of the program, after which the request
+        that met it is dropped.
         """
         if self._next is not None:
             error, self._next = self._next, None
@@ -207,6 +208,9 @@ class RequestStream:
             at = [one.client for one in self._running.values() if self._problem_of(one.key) == problem]
             if at and await at[0].is_healthy(_ABORT_TIMEOUT_S) and at[0].name not in self._fleet.failed:
                 self._dispatch.is_harmless(problem)
+        except Exception as error:  # a fault of the program, which would recur
+            self._tell(error)
+            return
         finally:
             self._proving.pop(problem, None)
         self._begin()
@@ -225,6 +229,10 @@ class RequestStream:
             )
         except EngineGoneError as gone:
             error = gone
+        self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        """Raise the error where replies are waited for."""
         for future in self._awaited.values():
             if not future.done():
                 future.set_exception(error)

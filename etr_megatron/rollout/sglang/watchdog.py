@@ -26,7 +26,8 @@ LEFT_BEHIND = "/dev/shm/sglang_loads_"
 """Beginning of the names of files that SGLang leaves, see `shm_path_for` in its load_snapshot.py."""
 
 _POLL_S = 0.2
-_LOOK_S = 1.0
+_LOOK_S, _LONGEST_LOOK_S = 1.0, 60.0
+"""Intervals between looks for a server's file, which double: not all servers have one."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,10 +42,14 @@ def _signal_group(group: int, number: int) -> bool:
 
 def files_of(group: int) -> set[str]:
     """Files of `LEFT_BEHIND` that processes of the group have open. Empty on systems without Linux's /proc."""
-    found = set()
-    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+    found: set[str] = set()
+    try:
+        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:  # macOS, or a sandbox
+        return found
+    for name in processes:
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if not name.isdecimal() or os.getpgid(int(name)) != group:
+            if os.getpgid(int(name)) != group:
                 continue
             for descriptor in os.listdir(f"/proc/{name}/fd"):
                 with contextlib.suppress(OSError):  # closed meanwhile
@@ -85,11 +90,11 @@ def main() -> int:
         stack.callback(lambda: files.update(files_of(server.pid)))
         os.write(report, str(server.pid).encode())
         os.close(report)
-        look = time.monotonic()
+        look, interval = time.monotonic(), _LOOK_S
         while server.poll() is None:
             if not files and time.monotonic() >= look:  # before a server that dies of itself takes the knowledge with it
                 files |= files_of(server.pid)
-                look = time.monotonic() + _LOOK_S
+                look, interval = time.monotonic() + interval, min(2 * interval, _LONGEST_LOOK_S)
             ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
             if ready and not os.read(sys.stdin.fileno(), 1):
                 return 0
