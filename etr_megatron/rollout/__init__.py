@@ -1,4 +1,4 @@
-"""Sampling of responses: the engine protocol, groups with rewards, what a step trains on.
+"""Sampling of responses: the engine protocol, the grading of groups, and the samplers that return a step's groups.
 
 The embedded engine is not exported here: import it from `embedded`. It needs transformers, which readers of records do not.
 """

@@ -1,4 +1,4 @@
-"""From problems to groups of rewarded samples, the same on every rank."""
+"""Turns problems into groups of rewarded samples, which are the same on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UngradedError(UserError):
 
 @contextmanager
 def saved_first() -> Iterator[None]:
-    """What the user must fix, as an error that has a run save what it has trained before it ends."""
+    """Re-raise a UserError as UngradedError, for which the run saves a checkpoint before it ends."""
     try:
         yield
     except UserError as error:
@@ -40,8 +40,8 @@ def generate_groups(
 
 
 def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None) -> None:
-    """Fill in rewards and their status on every rank, and texts on rank 0, the only one that uses them (in place; the caller
-    owns the groups). `grader` is given on rank 0, None elsewhere.
+    """Fill in rewards and their status on every rank, and texts on rank 0 (in place; the caller owns the groups). Only rank 0
+    uses the texts. `grader` is None on the other ranks.
 
     A collective. Raises UngradedError on every rank, as `grade_samples` and `report_errors` do.
     """
@@ -55,7 +55,7 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
         report_errors([(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)])
         return grades
 
-    # Long: an evaluation may have thousands of answers, and a custom reward may take its time over each.
+    # Long: an evaluation may have thousands of answers, and a custom reward may be slow.
     for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
         _fill_in(sample, grade)
 
@@ -63,9 +63,10 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
     """Fill in rewards and their status (in place), on this rank alone.
 
-    Raises UngradedError, with nothing filled in, if `reward.function` can no longer be loaded, and for a reward outside the
-    configured range: either the reward or the range is wrong, and training on, with what may be the best answers counted as the
-    worst, would ruin the policy.
+    Raises UngradedError, and fills in nothing, in two cases:
+    - `reward.function` can no longer be loaded.
+    - A reward is outside the configured range. Either the reward or the range is wrong. To train on would ruin the policy,
+      because the best answers might count as the worst.
     """
     with saved_first():
         grades = grader([_request(problem, sample) for problem, sample in samples])
@@ -82,8 +83,8 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
 
 
 def _request(problem: Problem, sample: Sample) -> GradeRequest:
-    """Of a dialogue, the answer is the model's last turn: a reply must not count as one, nor an earlier turn of a response that
-    the engine has given up."""
+    """The answer of a dialogue is the model's last turn; a reply of the environment must not count as an answer. If the engine
+    gave the response up, the answer is empty: an earlier turn must not count either."""
     if not sample.messages:
         return GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra)
     turn = next(message["content"] for message in reversed(sample.messages) if message["role"] == "assistant")
@@ -96,10 +97,10 @@ def _fill_in(sample: Sample, grade: Grade) -> None:
 
 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
-    """Warn about answers that could not be graded, with the first one's reason. grades: of a step, with problem ids.
+    """Log a warning about answers that could not be graded, with the reason of the first. grades: a step's (grade, problem id).
 
-    Raises UngradedError when none could be: a reward function that always fails must not look like a policy that is always
-    wrong. If all timed out, it only warns: a judge that others use as well may be faster at the next step.
+    Raises UngradedError when no answer could be graded: a reward function that always fails must not look like a policy that is
+    always wrong. If all answers timed out, it only warns: a shared judge may be faster at the next step.
     """
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
     late = [grade for grade, _ in grades if grade.status == "timeout"]

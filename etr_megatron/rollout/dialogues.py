@@ -1,4 +1,4 @@
-"""Responses between the model's turns: to the environment, and on with its reply or to their end."""
+"""Multi-turn responses between two turns of the model: gets the environment's reply, and appends it or ends the response."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from etr_megatron.types import Group, Message, Sample, insert
 logger = logging.getLogger(__name__)
 
 ReplyIds = Callable[[Sequence[Message], int], list[int]]
-"""Token ids of a reply after a turn that ended with the given token."""
+"""Maps (the reply's messages, the last token of the turn before) to the token ids of the reply."""
 
 _LOOK_S = 0.01
-"""Interval at which a wait looks for replies. It must not wait with the lock held: Python's locks are not fair, and another
-owner would get it only now and then."""
+"""Polling interval in seconds for replies. A wait polls because it must not hold the lock: Python's locks are not fair, and
+other owners would rarely acquire it."""
 
 
 _FEW = 8
-"""Fewer calls than these, all failed, prove nothing right after calls that succeeded. A step may take groups that were ready,
-and need hardly any call."""
+"""Fewer failed calls than this are not evidence of a broken environment if the calls before them succeeded. A step that takes
+groups that were ready makes very few calls."""
 
 
 class Environment(Protocol):
@@ -52,8 +52,8 @@ class _Call:
 
 @dataclass
 class _Outcomes:
-    """How an owner's calls went since its last report. failure: why the first of them failed. worked: whether any call before
-    that report succeeded, of those that it was about."""
+    """Results of an owner's calls since its last report. failure: why the first failed call failed. worked: whether any call in
+    the period before that report succeeded."""
 
     status: Counter[str] = field(default_factory=Counter)
     failure: str = ""
@@ -65,20 +65,20 @@ class _Outcomes:
 
     @property
     def is_broken(self) -> bool:
-        """Whether no call succeeded; if all were just late, the environment may be faster at the next step."""
+        """Whether no call succeeded. False if all timed out: the environment may be faster at the next step."""
         calls = self.status.total()
         return self.status["error"] > 0 and self.failed == calls and (calls >= _FEW or not self.worked)
 
     def next(self) -> _Outcomes:
-        """Those until the report after the one that is about these."""
+        """Empty results for the period after the next report."""
         return _Outcomes(worked=self.status["ok"] > 0 if self.status else self.worked)
 
 
 class Dialogues:
-    """Takes samples whose turn has ended to the environment and hands them back; on rank 0 only.
+    """Sends samples whose turn has ended to the environment, and returns them with its replies; on rank 0 only.
 
-    Several owners (the sampler, an evaluation) may use it at the same time from threads of their own; each gets back its own
-    samples, which it changes in its own thread alone.
+    Several owners (the sampler, an evaluation) may use it at the same time, each from its own thread. An owner gets back only
+    its own samples, and they are changed only in the owner's thread.
     """
 
     def __init__(self, environment: Environment, reply_ids: ReplyIds, decode: Decode, *, max_turns: int) -> None:
@@ -90,7 +90,7 @@ class Dialogues:
         self._outcomes: defaultdict[Hashable, _Outcomes] = defaultdict(_Outcomes)
 
     def end_turn(self, sample: Sample) -> None:
-        """Note the turn that `sample` ends with (in place; the caller owns it)."""
+        """Append the last turn of `sample` to its messages (in place; the caller owns it)."""
         turn = sample.response_ids[sample.turn_begin :].tolist()
         sample.messages.append({"role": "assistant", "content": self._decode(turn)})
 
@@ -107,17 +107,20 @@ class Dialogues:
             self._environment.submit(key, request)
 
     def ended(self, owner: Hashable, timeout_s: float) -> list[Sample]:
-        """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
+        """This owner's samples whose call has returned; waits up to `timeout_s` for at least one if calls are pending.
 
-        Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
-        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError if
-        `environment.function` can no longer be loaded.
+        The new finish reason of a sample:
+        - "stop": the environment returned no reply, or its call failed.
+        - "length": the reply leaves no room for another turn.
+        - "abort": the reply's tokens were appended, and the next turn can be drawn.
+
+        Raises UngradedError if `environment.function` can no longer be loaded.
         """
         end = time.monotonic() + timeout_s
         while True:
             with self._lock, saved_first():
                 replies = [(self._calls.pop(key, None), reply) for key, reply in self._environment.poll(0.0)]
-                self._replies += [(call, reply) for call, reply in replies if call is not None]  # others are forgotten
+                self._replies += [(call, reply) for call, reply in replies if call is not None]  # else it was forgotten
                 own = [pair for pair in self._replies if pair[0].owner == owner]
                 self._replies = [pair for pair in self._replies if pair[0].owner != owner]
                 waits = any(call.owner == owner for call in self._calls.values())
@@ -127,7 +130,7 @@ class Dialogues:
             time.sleep(min(left, _LOOK_S))
 
     def forget(self, owner: Hashable) -> None:
-        """Drop this owner's samples: their replies will be ignored."""
+        """Drop this owner's pending samples; their replies will be ignored."""
         with self._lock:
             self._calls = {key: call for key, call in self._calls.items() if call.owner != owner}
             self._replies = [pair for pair in self._replies if pair[0].owner != owner]
@@ -138,10 +141,10 @@ class Dialogues:
             return owner in self._outcomes and self._outcomes[owner].is_broken
 
     def report(self, owner: Hashable) -> None:
-        """Warn about this owner's calls that failed since its last report, with the first one's reason.
+        """Log a warning about this owner's calls that failed since its last report, with the reason of the first.
 
-        Raises UngradedError if all failed, not just by being late: a broken environment must not look like a policy without an
-        answer. A few calls may fail once after others that succeeded.
+        Raises UngradedError if all calls failed, but not if all of them timed out: a broken environment must not look like a
+        policy without an answer. Does not raise for fewer than `_FEW` calls if calls in the period before succeeded.
         """
         with self._lock:
             found = self._outcomes[owner]
@@ -162,7 +165,7 @@ class Dialogues:
                 ids = self._reply_ids(reply.messages, sample.response_ids[-1])
                 if not ids:
                     status, detail = "error", "it returned a reply without a token"
-            except UserError as error:  # of the chat template: what one call returned must not end the run
+            except UserError as error:  # from the chat template: the reply of one call must not end the run
                 status, detail = "error", str(error)
         sample.environment_status = status
         with self._lock:
@@ -183,6 +186,6 @@ class Dialogues:
 
 
 def _brief(detail: str) -> str:
-    """On one line, without the middle of what is long: an exception may have a server's whole page as its text."""
+    """The text on one line; the middle of a long text is cut out, as an exception may contain a server's whole error page."""
     line = " ".join(detail.split())
     return line if len(line) <= 1000 else f"{line[:800]} ... {line[-200:]}"

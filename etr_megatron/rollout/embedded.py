@@ -1,6 +1,6 @@
-"""The engine without servers: a transformers replica in every rank, with the prompts spread over all ranks.
+"""The embedded engine: a transformers replica of the policy in every rank, with the prompts spread over all ranks.
 
-It takes the same by-name weight update as a server and returns the same fields. It is the default of `rollout.backend`.
+Like a server, it takes weight updates by name, and it returns the same fields. It is the default of `rollout.backend`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from etr_megatron.weights.latent import use_norm_eps
 class EmbeddedEngine:
     """A replica of the policy in HF format, decoding batches of at most `batch_samples` responses.
 
-    Only config.json is read from model_dir: every rank would have to read all weights, so these come with the first update.
+    Only config.json is read from model_dir. The weights come with the first update, so that not every rank reads all of them.
 
-    Batches are formed before they are spread over the ranks, so that the batch of a response does not depend on the layout: the
+    Batches are formed first and then spread over the ranks. So the batch of a response does not depend on the layout, and the
     same weights give the same samples on any number of ranks.
     """
 
@@ -53,8 +53,8 @@ class EmbeddedEngine:
         self._stop_ids, self._stop_strings = frozenset(stop_ids), stop_strings
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`. must_stop is not checked: ranks that generate themselves finish first. Raises
-        RuntimeError before the first update."""
+        """See `RolloutEngine.generate`. must_stop is not checked: the ranks finish their responses first. Raises RuntimeError
+        before the first update."""
         if not self._has_weights:
             raise RuntimeError("the engine has no weights before the first update_weights")
         counts, limits = sampling.samples_of(problems), sampling.max_tokens_of(problems)
@@ -72,7 +72,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the tensors into the replica (in place; the replica owns its parameters). See `RolloutEngine.update_weights`."""
+        """Copy the tensors into the replica's own parameters (in place). See `RolloutEngine.update_weights`."""
         wanted = _published_parameters(self._model)
         problems = []
         for name, tensor in weights:  # consumed to the end even after an error: the export is a collective
@@ -138,7 +138,7 @@ class EmbeddedEngine:
         return state.samples(self.weight_version)
 
     def _is_over(self, ids: list[int]) -> bool:
-        """Whether the last token ends the turn that has these."""
+        """Whether the turn with tokens `ids` ends with the last of them."""
         return ids[-1] in self._stop_ids or self._stop_strings.end_with(ids)
 
 
@@ -152,19 +152,19 @@ def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         use_norm_eps(model)
         model.tie_weights()  # part of the initialisation, which is skipped
         for buffer in _saved_buffers(model).values():
-            buffer.data = buffer.float()  # DeepSeek-V3's are made in `dtype`
+            buffer.data = buffer.float()  # transformers creates those of DeepSeek-V3 in `dtype`
         return model
 
 
 def _saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that checkpoints have: the routers' biases of GLM-4.5 and DeepSeek-V3, float32 whatever the model's type."""
+    """Buffers that are part of checkpoints: the router biases of GLM-4.5 and DeepSeek-V3, float32 in a model of any dtype."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in published checkpoints, as views: transformers keeps the experts of a layer in one tensor.
-    `_saved_buffers` are among them."""
+    """Parameters and `_saved_buffers` by their names in published checkpoints. Experts are views, because transformers keeps
+    all experts of a layer in one tensor."""
     found = _saved_buffers(model)
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".experts.")
@@ -186,7 +186,7 @@ class _Routing:
 
     def __enter__(self) -> _Routing:
         for name, module in self._model.named_modules():
-            if name.endswith(".experts"):  # called with tokens, the experts of each and their weights
+            if name.endswith(".experts"):  # called with the tokens, the experts of each token, and the experts' weights
                 hook = module.register_forward_pre_hook(lambda _module, inputs: self._chosen.append(inputs[1]))
                 self._hooks.callback(hook.remove)
         return self
@@ -195,7 +195,8 @@ class _Routing:
         self._hooks.close()
 
     def of_pass(self, rows: int) -> Tensor:
-        """Experts of the last forward pass, over `rows` rows: uint8 [rows, tokens, layers with experts, experts of a token]."""
+        """Experts chosen in the last forward pass, of `rows` rows: uint8 [rows, tokens, layers with experts, experts per
+        token]."""
         found = torch.stack(self._chosen, 1).to("cpu", torch.uint8)
         self._chosen.clear()
         return found.view(rows, -1, *found.shape[1:])
@@ -210,7 +211,7 @@ class _Job(NamedTuple):
 
 
 class _Batch:
-    """What has been drawn so far for the rows of one batch."""
+    """The tokens drawn so far for the rows of one batch."""
 
     def __init__(self, jobs: list[_Job], sampling: Sampling, device: torch.device) -> None:
         self._jobs, self._device = jobs, device
@@ -239,8 +240,8 @@ class _Batch:
     def append(
         self, rows: list[int], tokens: list[int], logprobs: list[float], is_over: Callable[[list[int]], bool]
     ) -> list[int]:
-        """Append a token to each row in `rows`; returns the places in `rows` of those that go on. is_over: whether a row's last
-        token ends it."""
+        """Append a token to each row in `rows`; return the positions in `rows` of the unfinished ones. is_over: whether a row
+        ends with the last of its tokens."""
         alive = []
         for place, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
             self._ids[row].append(token)
@@ -252,8 +253,8 @@ class _Batch:
         return alive
 
     def append_routing(self, rows: list[int], chosen: Tensor, mask: Tensor) -> None:
-        """Append the experts of a pass, uint8 [rows, tokens, layers, experts of a token]. mask [rows, tokens]: 0 is padding."""
-        real = mask.bool().cpu()  # once: every read waits for the device
+        """Append the experts of a pass, uint8 [rows, tokens, layers, experts per token]. mask [rows, tokens]: 0 is padding."""
+        real = mask.bool().cpu()  # copied once, because every read synchronizes with the device
         for place, row in enumerate(rows):
             self._routing[row].frombytes(chosen[place][real[place]].numpy().tobytes())
 

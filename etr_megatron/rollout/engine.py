@@ -18,9 +18,12 @@ from etr_megatron.weights.transport import Shards
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. samples: responses per problem, of all or of each. max_tokens: token limit of a response, of all
-    problems or of each. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing: whether to
-    return the chosen experts. continued: names of the responses if they are further turns, see `names_of`."""
+    """Sampling parameters.
+
+    samples: responses per problem, as one number or one per problem. max_tokens: token limit of a response, likewise.
+    `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: those of the run. routing: whether to return the
+    chosen experts. continued: the responses' names if further turns of them are drawn, see `names_of`.
+    """
 
     samples: int | tuple[int, ...]
     max_tokens: int | tuple[int, ...]
@@ -33,17 +36,17 @@ class Sampling:
     continued: tuple[str, ...] = ()
 
     def samples_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
-        """Responses to each of these problems. Raises ValueError if `samples` is of another number of problems."""
+        """Number of responses to each problem. Raises ValueError if `samples` is given for another number of problems."""
         return _of_each(self.samples, problems, "samples has numbers of responses")
 
     def max_tokens_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
-        """Token limit of a response to each of these problems. Raises ValueError if `max_tokens` is of another number of
+        """Token limit of a response to each problem. Raises ValueError if `max_tokens` is given for another number of
         problems."""
         return _of_each(self.max_tokens, problems, "max_tokens has limits")
 
     def names_of(self, problems: Sequence[Problem]) -> list[str]:
-        """Names of the responses to these problems, in order, which stay the same through all turns:
-        `<id of the problem in the first turn>/<index>`."""
+        """Names of the responses to these problems, in order: `<id of the problem in the first turn>/<index>`. A response has
+        the same name in all its turns."""
         counts = zip(problems, self.samples_of(problems), strict=True)
         return list(self.continued) or [f"{problem.id}/{index}" for problem, count in counts for index in range(count)]
 
@@ -66,8 +69,8 @@ class EngineGoneError(RuntimeError):
 
 
 class NeedsSyncError(RuntimeError):
-    """The remaining requests may have killed a server, and the last server is not risked for them. A weight sync brings others
-    back; the requests must be made again after it."""
+    """The remaining requests may have killed a server, so they are not sent to the last server. A weight sync brings other
+    servers back; the requests must be repeated after it."""
 
 
 class RefusedError(UserError):
@@ -79,18 +82,18 @@ class OtherModelError(UserError):
 
 
 LOOK_S = 1.0
-"""Interval at which a wait for responses checks whether a rank must stop."""
+"""Interval in seconds at which a wait for responses checks whether a rank must stop."""
 
 MustStop = Callable[[], bool]
 
 
 def never() -> bool:
-    """A `MustStop` that never holds."""
+    """A `MustStop` that is always False."""
     return False
 
 
 class WeightSource(Protocol):
-    """The policy's current weights. layout: which rank holds what."""
+    """The policy's current weights. layout: which rank holds which parameters."""
 
     layout: TrainingLayout
 
@@ -108,11 +111,11 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Every method but `metrics` and `close` is a collective: all ranks call it with the same arguments and, except for the
-    responses of servers, get the same result.
+    """Every method but `metrics` and `close` is a collective: all ranks call it with the same arguments, and get the same
+    result except for responses of servers (see `generate`).
 
-    Raised on every rank: EngineGoneError when the engine can no longer generate, RefusedError when it rejects a request,
-    NeedsSyncError when it needs a weight sync to bring servers back.
+    Errors that are raised on every rank: EngineGoneError when the engine can no longer generate, RefusedError when it rejects
+    a request, NeedsSyncError when it needs a weight sync to bring servers back.
     """
 
     weight_version: int
@@ -121,14 +124,14 @@ class RolloutEngine(Protocol):
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """`sampling.samples_of(problems)` responses to each problem, in order; rewards and texts are not filled in.
 
-        A response that the engine has given up is empty, with finish reason "abort". An engine that generates in other
-        processes gives rank 0 the responses, and the others as many without tokens. must_stop: whether this rank was told to
-        stop; such an engine then raises StopAskedError on every rank.
+        A response that the engine has given up is empty and has the finish reason "abort". An engine with servers returns the
+        responses on rank 0; on other ranks it returns as many responses without tokens. must_stop: whether this rank was
+        asked to stop. An engine with servers then raises StopAskedError on every rank.
         """
         ...
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
-        """Load all weights; `weight_version` changes only then.
+        """Load all weights. Only this method changes `weight_version`.
 
         The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
         see `SglangEngine.update_weights`.
@@ -136,11 +139,11 @@ class RolloutEngine(Protocol):
         ...
 
     def release(self) -> None:
-        """Release memory shared with training until the next `update_weights`; no request may be under way."""
+        """Release memory shared with training until the next `update_weights`; no request may be in flight."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of its present state, on rank 0; empty on other ranks. Not a collective."""
+        """Metrics of the engine's current state, on rank 0; empty on other ranks. Not a collective."""
         ...
 
     def close(self) -> None:
@@ -150,9 +153,12 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """A response to draw or to continue. key: chosen by the caller. sampling: of this problem alone. drawn: the response tokens
-    so far, which count towards `Sampling.max_tokens`. turn_begin: how many of them precede the turn that is drawn or continued;
-    stop strings are looked for in its text alone. server: the last turn's `Drawn.server`, which has it cached; "" if none."""
+    """A response to draw or to continue.
+
+    key: chosen by the caller. sampling: for this problem alone. drawn: the response tokens so far, which count towards
+    `Sampling.max_tokens`. turn_begin: how many of them precede the current turn; stop strings are matched in the text of the
+    current turn alone. server: the server that drew the last turn and has it cached (its `Drawn.server`); "" if none.
+    """
 
     key: int
     problem: Problem
@@ -170,11 +176,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What follows `Draw.drawn`, all from one weight version. finish_reason: "abort" when it was cut off.
+    """The tokens drawn after `Draw.drawn`, all from one weight version. finish_reason: "abort" if generation was cut off.
 
-    routing: of all tokens, from the first of the prompt, see `Sample`.
+    routing: for all tokens, beginning with the first of the prompt, see `Sample`.
     given_up: why the engine has given this response up; empty if it has not.
-    server: name of the one that drew it, if there are servers.
+    server: name of the server that drew the tokens, if there are servers.
     """
 
     key: int
@@ -192,19 +198,20 @@ class StreamingEngine(RolloutEngine, Protocol):
     them."""
 
     def submit(self, draws: Sequence[Draw]) -> None:
-        """Start these in order, as capacity allows; each is answered once, by `wait` or `stop`."""
+        """Start these requests in order, as capacity allows; `wait` or `stop` answers each of them once."""
         ...
 
     def wait(self, timeout_s: float) -> list[Drawn]:
-        """What has been drawn since the last call; waits for at least one response, up to `timeout_s`.
+        """Responses that have arrived since the last call; waits for at least one, up to `timeout_s`.
 
         Raises EngineGoneError, NeedsSyncError and RefusedError.
         """
         ...
 
     def stop(self, *, abort: bool) -> list[Drawn]:
-        """What has been drawn since the last call; nothing is under way when this returns. Never raises.
+        """Responses that have arrived since the last call; no request is in flight when this returns. Never raises.
 
-        abort: cut off what is under way; otherwise wait for it. What the engine could not answer must be submitted again.
+        abort: cut off the requests in flight; otherwise wait for them. Requests that the engine could not answer must be
+        submitted again.
         """
         ...

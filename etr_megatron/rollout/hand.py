@@ -1,6 +1,6 @@
-"""The groups in hand of an engine that generates while the ranks train: dynamic sampling, partial rollouts, bounded staleness.
+"""Pending groups ("in hand") of an engine that generates while the ranks train: dynamic sampling, partial rollouts, staleness.
 
-For the states of a group, and why no request spans a weight sync, see "Sampling" in docs/rollout.md.
+"Sampling" in docs/rollout.md lists the states of a group, and says why no request spans a weight sync.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GLANCE_S = 0.01
-"""Longest wait for the engine while the environment has responses, too, and of the background loop, which others stop. A worker
-of the environment gets its next call only between two waits."""
+"""Longest wait, in seconds, for the engine while replies of the environment are pending too, because an environment's worker
+gets its next call only between two waits. Also the longest wait of the background loop, so that it can be stopped quickly."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
 
 class Hand:
-    """The groups in hand, in the order in which they were requested; on rank 0 only."""
+    """The groups that were requested and not yet trained on, in the order of their requests; on rank 0 only."""
 
     def __init__(
         self,
@@ -61,15 +61,15 @@ class Hand:
     ) -> None:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
         self._dialogues = dialogues
-        self._replying: dict[int, tuple[InHand, Sample]] = {}  # at the environment, by the sample's id()
-        # While the ranks train, and during grading, dialogues go on in another thread. All methods below that touch the groups
-        # stop it first.
+        self._replying: dict[int, tuple[InHand, Sample]] = {}  # waiting for the environment, by id(sample)
+        # While the ranks train, and during grading, a background thread continues the dialogues. All methods below that read or
+        # change the groups stop it first.
         self._background = BackgroundLoop(self._go_on_alone, "dialogues")
         self._groups: list[InHand] = []
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
         self._under_way: dict[int, tuple[InHand, Sample]] = {}
-        self._asked_for = 0  # the step that prompts are requested for, and the ids of its problems
+        self._asked_for = 0  # the step that prompts are requested for; below, the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
         self._grades: list[tuple[Grade, str]] = []  # of the step
@@ -110,18 +110,19 @@ class Hand:
         return taken
 
     def put_back(self, step: int) -> None:
-        """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
-        with suppress(Exception):  # the run ends with an error of its own, but first it saves what is trained
+        """See `Sampler.put_back`: the groups are pending again, complete and rewarded."""
+        with suppress(Exception):  # the run is already ending with another error, and must still save its checkpoint
             self._background.stop()
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
 
     def pause(self) -> None:
-        """See `Sampler.pause`. With partial rollouts, responses are cut off; otherwise they are waited for.
+        """See `Sampler.pause`. With partial rollouts, responses are cut off; otherwise this waits for them.
 
-        A sync follows the training of a step, whose groups (gigabytes with routing) are freed here before new ones come.
+        A weight sync follows the training of a step. The groups of that step (gigabytes with routing) are freed here, before
+        new ones arrive.
         """
-        with suppress(*_OF_ENGINE):  # they would recur when the requests are made again
+        with suppress(*_OF_ENGINE):  # these errors recur when the requests are submitted again
             self._background.stop()
         self._taken = 0, []
         self._accept(self._engine.stop(abort=self._config.rollout.partial))
@@ -131,17 +132,18 @@ class Hand:
         """See `Sampler.resume`. Samples with tokens too old for the next step are redrawn."""
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
         for held in self._groups:
-            held.servers.clear()  # the sync emptied their caches
+            held.servers.clear()  # the weight sync emptied the servers' caches
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
         self._start_pump()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in hand; tokens that the engine has not returned yet will be drawn again, and replies asked for again."""
+        """All pending groups. After a restart, tokens that the engine had not returned are drawn again, and replies of the
+        environment are requested again."""
         with self._background.held():
             groups = self._groups
             if self._dialogues is not None and self._dialogues.is_broken(self):
-                # The next step will end the run. Its failures must not be in a checkpoint that was saved before it.
+                # The next step will end the run because of these failures. A checkpoint saved before it must not hold them.
                 groups = deepcopy(groups)
                 _forget_failures(groups)
             packed, tensors = pack(groups)
@@ -154,9 +156,9 @@ class Hand:
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; that of a run without groups in hand may be empty.
+        """Restore the state, which may be empty if the run had no pending groups.
 
-        Raises UserError if responses wait for an environment, and there is none.
+        Raises UserError if responses wait for a reply, and no environment is configured.
         """
         self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
         waits = sum(sample.finish_reason == "turn" for held in self._groups for sample in held.group.samples)
@@ -169,7 +171,7 @@ class Hand:
         self._counts = Counter(state.get("counts", {}))
 
     def close(self) -> None:
-        """Stop what goes on in another thread."""
+        """Stop the background thread."""
         with suppress(Exception):  # the run has ended
             self._background.stop()
 
@@ -178,13 +180,13 @@ class Hand:
             self._background.start()
 
     def _go_on_alone(self) -> bool:
-        """One round of the background loop; returns whether anything is under way."""
+        """One iteration of the background loop; returns whether requests or replies are pending."""
         self._go_on(_GLANCE_S)
         return bool(self._under_way or self._replying)
 
     def _go_on(self, timeout_s: float) -> None:
-        """Take what has been drawn and replied since the last call, and have dialogues go on; waits for at least one response,
-        up to `timeout_s`."""
+        """Take the responses and replies that have arrived since the last call, and submit the next turns of dialogues. Waits
+        for at least one of them, up to `timeout_s`."""
         if self._dialogues is None:
             self._accept(self._engine.wait(timeout_s))
             return
@@ -198,17 +200,17 @@ class Hand:
         self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
 
     def _has(self, held: InHand, sample: Sample) -> bool:
-        """Whether the sample is still wanted: its group was not given up, and it is not drawn anew."""
+        """Whether the sample is still needed: its group was not given up, and the sample was not replaced by an empty one."""
         return any(one is held for one in self._groups) and held.group.samples[sample.index] is sample
 
     def _ask(self, step: int, wanted: int) -> None:
-        """Request new prompts until `wanted` groups are in hand besides those left out, within the step's limits."""
+        """Request new prompts until `wanted` groups are pending, within the step's limits. Left-out groups do not count."""
         if step != self._asked_for:
             self._asked_for = step
             self._asked_ids = [held.group.problem.id for held in self._groups if held.step == step]
         left_out = sum(held.is_left_out for held in self._groups)
         missing = wanted - len(self._groups) + min(left_out, replacements(self._config))
-        # With fewer problems than a step needs, the cursor raises its own error.
+        # If there are fewer problems than a step needs, the cursor raises an error that says so.
         there_are = max(len(self._cursor), self._config.rollout.prompts_per_step)
         count = min(missing, there_are - len(self._asked_ids))
         if count <= 0:
@@ -225,7 +227,7 @@ class Hand:
         self._continue([(held, sample) for held in groups for sample in held.missing])
 
     def _continue(self, missing: Iterable[tuple[InHand, Sample]]) -> None:
-        """Hand these to the engine, or to the environment if their turn has ended."""
+        """Submit these samples to the engine, or to the environment if their turn has ended."""
         draws = []
         for held, sample in missing:
             if sample.finish_reason == "turn":
@@ -267,7 +269,7 @@ class Hand:
             sample.text = self._decode(sample.response_ids.tolist())
 
     def _give_up(self, group: InHand, why: str) -> None:
-        """Drop the whole group, as only complete ones are trained on; its replies that are still under way will be ignored."""
+        """Drop the whole group, because only complete groups are trained on; its pending replies will be ignored."""
         left = [held for held in self._groups if held is not group]
         if len(left) < len(self._groups):
             logger.warning("group %s is given up: %s", group.group.id, why)
@@ -275,7 +277,7 @@ class Hand:
             self._counts["groups_given_up"] += 1
 
     def _refuse_if_too_few(self) -> None:
-        """Raises RefusedError when a step has given up more groups than it trains on, or when too few problems are left."""
+        """Raises RefusedError when a step has given up more groups than it trains on, or has too few groups left after that."""
         wanted, given_up = self._config.rollout.prompts_per_step, self._counts["groups_given_up"]
         if given_up > wanted or (given_up and len(self._groups) < wanted):
             del self._counts["groups_given_up"]  # a restart after a fix counts from zero
@@ -289,22 +291,24 @@ class Hand:
         samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
         if not samples:
             return
-        # A reward may take its time: a model that judges, tests that run. Dialogues do not wait for it.
+        # A reward may be slow (a judge model, a test suite), so dialogues go on in the background meanwhile.
         with nullcontext() if self._dialogues is None else self._background.beside():
             grades = grade_samples(samples, self._grader)
-            # Before an error of the dialogues is raised here: a later take goes on with these groups, and grades none twice.
+            # Done inside the block, whose end may raise an error of the dialogues: a later `take` then continues with these
+            # groups, and grades none of them twice.
             self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
             for held in complete:
                 held.is_left_out = self._config.rollout.dynamic_sampling and held.group.is_flat
 
     def _is_enough(self) -> bool:
-        """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""
+        """Whether enough groups are ready. Also waits for redone groups to be complete, because a long response might otherwise
+        be redone forever."""
         ready = sum(held.is_ready for held in self._groups)
         redone = any(held.is_redone and held.missing for held in self._groups)
         return ready >= self._config.rollout.prompts_per_step and not redone
 
     def _choose(self, step: int) -> Rollouts:
-        """Take the ready groups with the oldest tokens, filled up with left-out groups; other left-out groups are dropped."""
+        """Take the ready groups with the oldest tokens, fill up with left-out groups, and drop the other left-out groups."""
         wanted = self._config.rollout.prompts_per_step
         ready = sorted((held for held in self._groups if held.is_ready), key=lambda held: held.oldest_version)[:wanted]
         left_out = [held for held in self._groups if held.is_left_out]
@@ -319,7 +323,7 @@ class Hand:
         return Rollouts(groups, counts)
 
     def _counts_of(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The step's metrics. As a last line of defence, raises RuntimeError for a token that is too old."""
+        """The step's metrics. Raises RuntimeError if a token is too old, which would be a bug of this class."""
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
         tokens = sum(sample.drawn for sample in samples)
@@ -340,7 +344,7 @@ class Hand:
 
 
 def _forget_failures(groups: Iterable[InHand]) -> None:
-    """Reset failed grades and failed calls of the environment (in place), so that both are made again after a fix."""
+    """Reset failed grades and failed environment calls (in place), so that both are repeated after a fix."""
     for held in groups:
         failed = [one for one in held.group.samples if one.reward_status not in ("ok", None) or one.call_failed]
         for sample in failed:

@@ -1,4 +1,4 @@
-"""Groups whose responses are still being drawn: how they grow, are redone and are checkpointed."""
+"""A pending group ("in hand"): appending tokens to its samples, redrawing old samples, and checkpointing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _COLUMNS = {
     "text": np.uint8,
     "loss_mask": np.uint8,
 }
-"""Sample fields that a checkpoint stores in one tensor each, for all samples. Log-probs are exact; texts are UTF-8."""
+"""Sample fields for each of which a checkpoint stores one tensor with all samples. Log-probs are exact; texts are UTF-8."""
 
 
 @dataclass
 class InHand:
-    """A group in hand. step: the one it was requested for, which seeds the sampling.
+    """A pending group. Its samples with finish reason "abort" or "turn" are unfinished.
 
-    Samples with finish reason "abort" or "turn" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone:
-    some of its samples were emptied, as their tokens had become too old. servers: index of a sample -> the server that drew its
-    last turn since the last weight sync, and has it cached.
+    step: the step it was requested for, which seeds the sampling. is_left_out: excluded, because all its rewards are equal.
+    is_redone: some of its samples were emptied, because their tokens had become too old. servers: index of a sample -> the
+    server that has drawn its last turn since the last weight sync, and has it cached.
     """
 
     group: Group
@@ -96,12 +96,12 @@ def extend(sample: Sample, drawn: Drawn) -> None:
     sample.finish_reason = drawn.finish_reason
     sample.weight_version = versions[-1] if versions else drawn.weight_version
     sample.weight_versions = versions if len(set(versions)) > 1 else array("i")
-    if drawn.routing:  # covers the earlier tokens as well: their KV cache was recomputed
+    if drawn.routing:  # covers the earlier tokens too, because their KV cache was recomputed
         sample.routing = drawn.routing
 
 
 def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Groups for a checkpoint: JSON for each group, and the columns of all samples in order.
+    """Groups for a checkpoint: JSON for each group, and one column per field of `_COLUMNS` with all samples in order.
 
     A column is one flat tensor; `<name>.lengths`, int64 [samples], holds the length of each sample's part.
     """

@@ -22,10 +22,10 @@ from etr_megatron.platform.together import for_others
 T = TypeVar("T")
 
 BEAT_S = 2.0
-"""Interval of rank 0's heartbeats while the others wait for long work."""
+"""Interval in seconds of rank 0's heartbeats while the other ranks wait for long work."""
 
 SILENCE_S = 60.0
-"""Silence after which rank 0 is considered lost. If its process ends, torchrun ends the others sooner."""
+"""Seconds without a heartbeat after which rank 0 is considered lost. If its process ends, torchrun ends the others sooner."""
 
 LATE_S = 600.0
 """The same before its first heartbeat: it may still do what the others had no part in, such as stop servers one by one."""
@@ -34,7 +34,7 @@ PIECE = 64 << 20
 """Bytes per broadcast."""
 
 _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
-"""Waiting ranks, of which there may be hundreds, poll the store at intervals that grow by this factor up to this maximum."""
+"""Waiting ranks poll the store at intervals that grow by this factor up to this maximum: there may be hundreds of ranks."""
 
 _numbers = itertools.count()
 _connection: tuple[Any, dist.Store] | None = None
@@ -46,7 +46,7 @@ def whole(found: Any) -> Any:
 
 
 def of_rank0(own: T | None) -> T:
-    """What rank 0 alone has, on rank 0."""
+    """Assert that a value that only rank 0 has is present, and return it. Call it on rank 0 alone."""
     assert own is not None
     return own
 
@@ -54,7 +54,7 @@ def of_rank0(own: T | None) -> T:
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
     """Run `body` on rank 0; return its result, or raise its exception, on every rank. A collective.
 
-    Ranks that cannot have the exception as it is get a RuntimeError or what else `for_others` makes of it.
+    If the exception cannot be sent as it is, the other ranks get what `for_others` makes of it, such as a RuntimeError.
     long: `body` may take longer than the group's timeout for collectives, as generation does. The others wait as long as rank 0
     sends heartbeats, and raise TimeoutError when these stop. `body` then needs its own timeouts.
     share: maps the result to what the other ranks get, without the parts that only rank 0 needs.
@@ -65,7 +65,7 @@ def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], 
 def on_rank0_until_stopped(
     body: Callable[[Callable[[], bool]], T], must_stop: Callable[[], bool], share: Callable[[T], Any] = whole
 ) -> T:
-    """As `on_rank0` with `long`. `body` is passed a function that returns whether `must_stop()` holds on any rank."""
+    """As `on_rank0` with `long`. `body` is passed a function that returns whether `must_stop()` is true on any rank."""
     signs = _signs()
 
     def anywhere() -> bool:
@@ -77,8 +77,8 @@ def on_rank0_until_stopped(
 def _signs() -> dist.Store | None:
     """The store in which ranks signal each other during one call; None with a single rank. A collective.
 
-    All calls share one connection: a weight sync makes several, on hundreds of ranks. Their two keys each stay in the store,
-    some kilobytes in a thousand steps.
+    All calls share one connection, because a weight sync makes several calls on hundreds of ranks. The two keys of each call
+    stay in the store: some kilobytes in a thousand steps.
     """
     global _connection
     world = dist.group.WORLD
@@ -116,7 +116,7 @@ def _broadcast(
 def _shared(own: Any) -> Any:
     """Rank 0's object, pickled for the others.
 
-    With NCCL it goes through GPU memory, one piece at a time: servers may have filled the GPUs.
+    With NCCL it goes through GPU memory piece by piece, because servers may have filled the GPUs.
     """
     device, is_source = platform.device(), dist.get_rank() == 0
     given = bytearray(pickle.dumps(own)) if is_source else bytearray()
@@ -150,7 +150,7 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
 
 
 def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
-    """Wait until rank 0 is done; tell it when this rank must stop."""
+    """Wait until rank 0 is done; notify rank 0 when this rank must stop."""
     heart, pause, told = Heartbeat(store, "beats"), 0.0005, False
     while not store.check(["done"]):
         if not told and must_stop():

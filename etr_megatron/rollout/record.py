@@ -25,14 +25,15 @@ from etr_megatron.types import Group, Problem, Sample
 RECORDED = "recorded"
 """Name of the folder in a run directory."""
 _ONLY_WITH_AN_ENVIRONMENT = ("messages", "loss_mask", "environment_status")
-"""Fields that are left out where they are empty."""
+"""Sample and problem fields that are written only if they are not empty."""
 _LONGEST_HEAD = 2**16
 _LINE_END = len("}\n")
 
 
 @dataclass(frozen=True)
 class RolloutProgress:
-    """Progress of a run that only records: the end of `step`, with weights `version`. sampler: its state at that point."""
+    """Progress of a run that only records: it has finished `step` with weight version `version`. sampler: the sampler's state
+    at that point."""
 
     version: int
     step: int
@@ -55,8 +56,8 @@ def write_record(
 ) -> None:
     """Write a step's file atomically; raises UserError on a full disk.
 
-    counts: the sampler's metrics. old_logprobs: the trainer's own log-probs of each sample's response tokens that the model
-    drew, in the order of the groups' samples; None when it has not computed any. In the file, tokens of replies have null.
+    counts: the sampler's metrics. old_logprobs: the trainer's own log-probs, for each sample in the order of the groups, of the
+    response tokens that the model drew; None if the trainer has not computed them. In the file, tokens of replies have null.
     """
     lines: list[dict[str, Any]] = [{"step": step, "counts": counts}]
     old = iter(old_logprobs or ())
@@ -71,9 +72,9 @@ def write_record(
 
 
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The groups of a step as `group_from_json` takes them, and the sampler's metrics.
+    """The groups of a step in the format of `group_to_json`, and the sampler's metrics.
 
-    Raises UserError when the step is missing or its file is damaged, so callers can rely on the format of `group_to_json`.
+    Raises UserError when the step is missing or its file is damaged, so callers can rely on that format.
     """
     path = record_path(folder, step)
     if not path.is_file():
@@ -86,7 +87,7 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
 
 
 def glance_at_record(folder: Path, step: int) -> None:
-    """Check only the beginning and the end of an existing file; raises UserError when it is truncated or not a record."""
+    """Check only the beginning and the end of an existing file. Raises UserError when it is truncated or not a record."""
     path = record_path(folder, step)
     with path.open("rb") as file:
         head = file.readline(_LONGEST_HEAD)
@@ -138,7 +139,7 @@ def what_there_is(folder: Path, missing: int) -> str:
 
 
 def write_reached(file: Path, reached: RolloutProgress) -> None:
-    """Replace what was written before; raises UserError on a full disk."""
+    """Write the progress, replacing the progress written before. Raises UserError on a full disk."""
     state = dict(reached.sampler)
     tensors = state.pop("tensors", {})
     said = json.dumps({"version": reached.version, "step": reached.step, "sampler": state})
@@ -146,7 +147,7 @@ def write_reached(file: Path, reached: RolloutProgress) -> None:
 
 
 def read_reached(file: Path) -> RolloutProgress | None:
-    """What `write_reached` wrote last, None when there is nothing."""
+    """The progress that `write_reached` wrote last; None if there is no file."""
     if not file.is_file():
         return None
     with safe_open(file, "pt") as opened:
@@ -156,7 +157,7 @@ def read_reached(file: Path) -> RolloutProgress | None:
 
 
 def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]:
-    """The group as JSON values, without loss. without: sample fields to leave out, as they are stored elsewhere."""
+    """The group as JSON values, lossless. without: sample fields to leave out, because they are stored elsewhere."""
     samples = [_plain(sample, without) for sample in group.samples]
     return {"id": group.id, "problem": _plain(group.problem), "samples": samples}
 
@@ -178,7 +179,7 @@ def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, An
     values = {name: value for name, value in values.items() if value or name not in _ONLY_WITH_AN_ENVIRONMENT}
     if "routing" in values:  # base64, as there are a hundred numbers per token
         values["routing"] = base64.b64encode(values["routing"]).decode()
-    # Lists are copied, too: messages grow while a checkpoint or a record is written.
+    # Lists are copied too, because messages may grow while a checkpoint or a record is being written.
     return {name: list(value) if isinstance(value, array | list) else value for name, value in values.items()}
 
 

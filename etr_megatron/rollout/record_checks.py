@@ -75,7 +75,7 @@ def _check_sample(sample: Any) -> None:
 
 
 def _check_old_logprobs(sample: dict[str, Any], tokens: int) -> None:
-    """Check that tokens of replies, and only these, have null."""
+    """Check that the values of reply tokens, and no others, are null."""
     old, mask = sample["old_logprobs"], sample.get("loss_mask")
     if mask and isinstance(old, list) and len(old) == tokens:
         if any((one is None) == bool(is_drawn) for one, is_drawn in zip(old, mask, strict=True)):

@@ -1,4 +1,4 @@
-"""Checks before the first step that a recorded run can be replayed; a damaged step would otherwise surface hours later."""
+"""Checks, before the first step, that a recorded run can be replayed; a damaged step would otherwise surface hours later."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps, what_there_is
 
 READ_BYTES = 128 * 2**20
-"""This much of a record, from its first step on, is read in full, which takes two seconds. Of the other files only the ends
-are checked. With long responses a step has a hundred MB; such steps are read when the run reaches them."""
+"""So many bytes of a record, from its first step on, are read in full, which takes two seconds. Of later files only the
+beginning and the end are checked; they are read in full when the run reaches them. With long responses a step has 100 MB."""
 
 TOLD = 3
 """Number of damaged steps that are reported individually."""
@@ -44,8 +44,8 @@ def survey(folder: Path, steps: int, config: Config) -> list[str]:
 
 
 def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], config: Config) -> str | None:
-    """A sentence if a step's groups do not match `config` (number of groups, samples per group, range of rewards, presence of
-    the chosen experts), else None."""
+    """A sentence that says how a step's groups do not match `config`; None if they match. Compares the number of groups, the
+    samples per group, the range of rewards and the presence of chosen experts."""
     prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     odd = next((size for group in groups if (size := len(group["samples"])) != samples), None)
     has, settings = [], []

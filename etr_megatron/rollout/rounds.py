@@ -1,4 +1,4 @@
-"""Dialogues with an engine in which every rank takes part: a turn of all at a time."""
+"""Dialogues with an engine in which every rank takes part: every round draws one turn of all open responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OWNER = "rounds"
 
 @dataclass(frozen=True)
 class _Replied:
-    """What the environment's reply made of a sample: its finish reason, the tokens appended, how the call went."""
+    """The effect of the environment's reply on a sample: its finish reason, the appended tokens, the status of the call."""
 
     finish_reason: FinishReason
     inserted: list[int]
@@ -31,7 +31,7 @@ class _Replied:
 
 @dataclass(frozen=True)
 class _Open:
-    """A response that has not ended. limit: tokens of the whole response."""
+    """A response that has not ended. limit: most tokens of the whole response."""
 
     group: Group
     sample: Sample
@@ -47,7 +47,7 @@ def draw_groups(
     *,
     has_turns: bool,
 ) -> list[Group]:
-    """As `generate_groups` and, if there is an environment (`has_turns`), `draw_further_turns`."""
+    """Call `generate_groups` and, if there is an environment (`has_turns`), `draw_further_turns`."""
     groups = generate_groups(engine, problems, sampling, must_stop)
     if has_turns:
         draw_further_turns(engine, groups, sampling, dialogues, must_stop)
@@ -57,11 +57,11 @@ def draw_groups(
 def draw_further_turns(
     engine: RolloutEngine, groups: Sequence[Group], sampling: Sampling, dialogues: Dialogues | None, must_stop: MustStop = never
 ) -> None:
-    """Have the responses, whose first turns are drawn, go on until all have ended (in place; the caller owns the groups).
+    """Continue responses whose first turn has been drawn until all have ended (in place; the caller owns the groups).
 
-    A collective; `dialogues` is given on rank 0, None elsewhere. sampling: that of the first turns. Of an engine that gives
-    rank 0 alone the responses, the others' have replies alone. Raises what `engine.generate` raises, StopAskedError when
-    `must_stop()` holds on any rank, and UngradedError when all calls of the environment failed.
+    A collective; `dialogues` is None on ranks other than 0. sampling: that of the first turns. If the engine returns responses
+    on rank 0 alone, the responses on other ranks hold only the replies. Raises what `engine.generate` raises, StopAskedError
+    when `must_stop()` is true on any rank, and UngradedError when all calls of the environment failed.
     """
     limits = sampling.max_tokens_of([group.problem for group in groups])
     opened = [_Open(group, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples]
@@ -74,7 +74,7 @@ def draw_further_turns(
 
 
 def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: MustStop) -> list[_Open]:
-    """Of these, whose turn has been drawn, those that have another one; replies are appended (in place)."""
+    """Append the environment's replies to responses whose turn has ended (in place); return those that have another turn."""
     replied = on_rank0_until_stopped(lambda anywhere: _replies(of_rank0(dialogues), opened, anywhere), must_stop)
     if dialogues is None:
         for one, reply in zip(opened, replied, strict=True):
@@ -83,7 +83,7 @@ def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: Must
 
 
 def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, turn: int, must_stop: MustStop) -> None:
-    """Draw this turn of all of them; the problem's id with the sample and the turn makes its seed."""
+    """Draw turn number `turn` of all these responses. The seed of each depends on its problem's id, sample index and turn."""
     if not opened:
         return
     problems = [
@@ -103,7 +103,8 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
 
 
 def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop) -> list[_Replied | None]:
-    """What became of each of these, whose turn has been drawn (in place); None for those that had none left to draw."""
+    """Get replies for responses whose turn has been drawn, and append them (in place). Returns the effect on each response;
+    None for one that had already ended."""
     before = [len(one.sample.response_ids) for one in opened]
     asked = [one.sample.finish_reason == "stop" for one in opened]
     for one, is_asked in zip(opened, asked, strict=True):

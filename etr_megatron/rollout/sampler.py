@@ -1,4 +1,5 @@
-"""Sources of a step's groups: drawn step by step, or recorded by another run. `streaming.py` draws them during training."""
+"""Samplers, which return a step's groups: drawn step by step, or recorded by another run. `streaming.py` has the third, which
+draws them during training."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from etr_megatron.rollout.dialogues import Dialogues
 
 Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
-"""Adds the duration of a block to the time of a phase."""
+"""A context manager that adds the duration of its block to the time of a phase."""
 
 
 @dataclass(frozen=True)
@@ -44,34 +45,37 @@ class Rollouts:
 
 
 class Sampler(Protocol):
-    """`take`, `pause` and `resume` are collectives. `take` returns the same on all ranks, except for `Sample.routing`, which
-    only rank 0 may have, as it can take gigabytes. All ranks call the other methods too, but those do not communicate."""
+    """All ranks call all methods. `take`, `pause` and `resume` are collectives; the others do not communicate.
+
+    `take` returns the same on all ranks, except for `Sample.routing`, which may be empty on ranks other than 0 because it can
+    take gigabytes.
+    """
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """The groups of a step. Errors of the engine or the grader are raised on every rank.
 
-        must_stop: whether this rank was told to stop. A sampler that waits for responses then raises StopAskedError on every
+        must_stop: whether this rank was asked to stop. A sampler that waits for responses then raises StopAskedError on every
         rank, and keeps everything that was drawn.
         """
         ...
 
     def put_back(self, step: int) -> None:
-        """Make the groups of `step`, or their prompts, available to `take` again: they will not be trained on now.
+        """Make the groups of `step`, or their prompts, available to `take` again, because the step will not be trained now.
 
         Does nothing if that step has not begun.
         """
         ...
 
     def pause(self) -> None:
-        """Stop generating: when this returns, nothing is under way at the engine and a weight sync may begin."""
+        """Stop generating: when this returns, no request is in flight at the engine, and a weight sync may begin."""
         ...
 
     def resume(self) -> None:
-        """Continue what is in hand after a weight sync."""
+        """Continue the pending groups after a weight sync."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """State for resuming, of which rank 0's is used: JSON values and, if there are any, tensors by name under "tensors"."""
+        """State for resuming: JSON values and, if there are any, tensors by name under "tensors". Only rank 0's is used."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -79,12 +83,12 @@ class Sampler(Protocol):
         ...
 
     def close(self) -> None:
-        """End what goes on in other threads; the engine is closed next."""
+        """Stop the sampler's threads. Called before the engine is closed."""
         ...
 
 
 def sampling_of(config: Config, step: int) -> Sampling:
-    """Sampling parameters for training. step: the one that responses are requested for."""
+    """Sampling parameters for training. step: the step that responses are requested for."""
     rollout = config.rollout
     return Sampling(
         samples=rollout.samples_per_prompt,
@@ -107,8 +111,8 @@ def replacements(config: Config) -> int:
 class RoundSampler:
     """Draws new groups step by step, from an engine in which every rank takes part.
 
-    Dynamic sampling proceeds in rounds, each of which requests as many prompts as groups are missing. A step's groups come from
-    the shortest run of prompts that has enough groups that are not flat.
+    Dynamic sampling proceeds in rounds; each round requests as many prompts as groups are missing. So a step uses the shortest
+    run of prompts that has enough groups that are not flat.
     """
 
     def __init__(
@@ -126,8 +130,8 @@ class RoundSampler:
         self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step begun, and the cursor's state before it
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. must_stop is checked only while an environment is asked, which may take long: ranks that
-        generate themselves finish the turn first."""
+        """See `Sampler.take`. must_stop is checked while waiting for the environment, which may take long. The embedded engine
+        does not check it: the ranks finish the turn first."""
         self._before = step, self._cursor.state_dict()
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
         limit = max(wanted, min(wanted + replacements(self._config), len(self._cursor)))
@@ -152,17 +156,17 @@ class RoundSampler:
             self._cursor.load_state_dict(self._before[1])
 
     def pause(self) -> None:
-        """Nothing is ever under way between steps."""
+        """Does nothing: between steps no request is in flight."""
 
     def resume(self) -> None:
-        """Nothing is in hand between steps."""
+        """Does nothing: between steps no group is pending."""
 
     def state_dict(self) -> dict[str, Any]:
         """See `Sampler.state_dict`."""
         return {"cursor": self._cursor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Sampler.load_state_dict`. Raises UserError for a state with groups in hand, which only servers can complete."""
+        """See `Sampler.load_state_dict`. Raises UserError for a state with pending groups, which only servers can complete."""
         if state.get("in_hand"):
             raise UserError(
                 f"the checkpoint holds {len(state['in_hand'])} unfinished groups, which only servers can complete; set "
@@ -175,7 +179,7 @@ class RoundSampler:
 
 
 def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
-    """The first `wanted` groups that are not flat, filled up with the first flat ones, in the order they were requested.
+    """The first `wanted` groups that are not flat, filled up with the first flat groups, in the order of their requests.
 
     Without `dynamic`, no group counts as flat.
     """

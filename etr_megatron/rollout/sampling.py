@@ -11,7 +11,7 @@ def keep_top(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:
     if top_p >= 1.0 and top_k <= 0:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    # A token stays while the mass before it is below top_p: the most likely one always does.
+    # A token is kept if the mass of the tokens before it is below top_p, so the most likely token is always kept.
     drop = ordered.cumsum(-1) - ordered >= top_p
     if top_k > 0:
         drop[:, top_k:] = True
@@ -29,7 +29,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 
         tokens = logits.argmax(-1)
     else:
         cumulative = keep_top(log_p.double().exp(), top_p, top_k).cumsum(-1)
-        # Scaling the uniform number by the kept mass renormalises; the last kept token catches what rounding leaves over.
+        # Scaling the uniform number by the kept mass renormalises. Rounding may lead past the last kept token: then take that.
         wanted = uniform[:, None] * cumulative[:, -1:]
         last = (cumulative < cumulative[:, -1:]).sum(-1)
         tokens = torch.minimum(torch.searchsorted(cumulative, wanted, right=True).squeeze(-1), last)

@@ -1,4 +1,4 @@
-"""Texts that end a turn of the model, wherever they begin and end in its tokens."""
+"""Stop strings: texts that end a turn of the model. They need not begin or end at a token boundary."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Callable, Sequence
 
 
 class StopStrings:
-    """The texts of `rollout.stop_strings`. False if there are none.
+    """The texts of `rollout.stop_strings`. As a bool, False if there are none.
 
-    decode: the tokenizer's, with special tokens as text. SGLang calls it in the same way, so that both engines match the same.
+    decode: the tokenizer's method, with special tokens as text. SGLang decodes in the same way, so both engines match the same
+    texts.
     """
 
     def __init__(self, texts: Sequence[str] = (), decode: Callable[[list[int]], str] = str) -> None:
         self.texts, self._decode = tuple(texts), decode
-        # Every token has at least one byte, so a text lies in at most as many tokens as it has bytes. One more, because some
-        # decoders drop the space before the first word.
+        # Every token has at least one byte, so a text spans at most as many tokens as it has bytes. One token more, because
+        # some decoders drop the space before the first word.
         self._window = 1 + max((len(text.encode()) for text in texts), default=0)
 
     def __bool__(self) -> bool:
         return bool(self.texts)
 
     def end_with(self, ids: Sequence[int]) -> bool:
-        """Whether a text ends in the last of a turn's tokens, if none ends in an earlier one. Decodes only as many tokens as a
-        text can have."""
+        """Whether a stop string ends in the last of a turn's tokens, provided that none ends in an earlier one. Decodes only as
+        many tokens as a stop string can span."""
         return bool(self.texts) and self._are_in(ids[-self._window :])
 
     def end(self, ids: Sequence[int], begin: int = 0) -> int | None:
-        """Number of a turn's tokens up to the first in which a text ends; None if there is none. No text ends in the first
-        `begin` of them."""
+        """Number of a turn's tokens up to and including the first in which a stop string ends; None if there is none. The
+        caller ensures that none ends in the first `begin` tokens."""
         if not self.texts or begin >= len(ids):
             return None
         tail = ids[max(0, begin + 1 - self._window) :]

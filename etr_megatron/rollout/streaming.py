@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class StreamingSampler:
-    """See `Sampler`. Rank 0, which has the grader, holds the groups and talks to the engine; the others get what it takes."""
+    """See `Sampler`. Rank 0 has the grader, holds the groups and calls the engine; the other ranks get the groups of a step
+    from it."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class StreamingSampler:
         self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader, dialogues)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all groups are still in hand."""
+        """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all groups are still pending."""
         # Rank 0 times generation and grading separately.
         with nullcontext() if self._hand is not None else timer("rollout"):
             return on_rank0_until_stopped(

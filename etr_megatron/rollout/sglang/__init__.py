@@ -1,4 +1,4 @@
-"""Rollouts from SGLang servers: processes, clients, weight sync. Nothing here imports sglang: servers are used over HTTP."""
+"""Rollouts from SGLang servers: processes, clients, weight sync. Nothing here imports sglang; all calls go over HTTP."""
 
 from etr_megatron.rollout.sglang.client import ServerError
 from etr_megatron.rollout.sglang.engine import Serving, SglangEngine

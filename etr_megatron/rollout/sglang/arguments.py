@@ -1,4 +1,4 @@
-"""SGLang's own command-line arguments, found by asking the server that will be started."""
+"""SGLang's command-line arguments, read from `--help` of the server that will be started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ASK_TIMEOUT_S = 300.0
 def check_arguments(config: SglangConfig) -> None:
     """Raises UserError, with the closest known name, for an argument of `sglang.arguments` that the server does not have.
 
-    Asking takes some ten seconds the first time; it is skipped when there are no such arguments or no servers to start.
+    The first call takes some ten seconds. The check is skipped when `sglang.arguments` is empty or no server is to be started.
     """
     if config.urls or not config.arguments:
         return
@@ -35,13 +35,13 @@ def check_arguments(config: SglangConfig) -> None:
 
 
 def names_of(arguments: Iterable[str]) -> Iterator[str]:
-    """The names among arguments and their values: `--x`, also of `--x=value`."""
+    """Names of the options in a list of arguments, without their values: `--x` for `--x value` and for `--x=value`."""
     return (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
 
 
 @lru_cache(maxsize=8)
 def known_arguments(python: str, launch: tuple[str, ...]) -> frozenset[str]:
-    """Names in `PYTHON LAUNCH... --help`, cached in the environment until another SGLang version is installed in it.
+    """Names in `PYTHON LAUNCH... --help`. Cached in a file of the environment until another SGLang version is installed in it.
 
     Raises UserError when the interpreter does not exist or does not answer.
     """
@@ -78,7 +78,7 @@ def _ask(python: str, launch: tuple[str, ...]) -> frozenset[str]:
         reply = subprocess.run([python, *launch, "--help"], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"sglang.python: {python} could not be asked for the server's arguments: {error}") from error
-    # argparse indents arguments by two spaces. Help text follows two or more spaces later, or on its own, deeper indented line.
+    # argparse indents arguments by two spaces. Help text follows after two or more spaces, or on a more deeply indented line.
     heads = (re.split(r"\s{2,}", line.strip())[0] for line in reply.stdout.splitlines() if re.match(r"  -", line))
     names = frozenset(name for head in heads for name in re.findall(r"--[a-z0-9][\w-]*", head))
     if reply.returncode or not names:

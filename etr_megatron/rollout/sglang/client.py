@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
 _REFUSALS = (400, 413, 422)
-"""Status codes that blame the request: every server should answer the same."""
+"""Status codes that reject the request itself: every server should answer the same."""
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 _LONGEST_PATTERN = 256
-"""Most bytes of a `stop_regex` (`sampling/sampling_params.py`, 0.5.21)."""
+"""Longest `stop_regex` that SGLang accepts, in bytes (`sampling/sampling_params.py`, 0.5.21)."""
 
 PATIENCE = 10
-"""The longest that a response may take while the server completes others, in `request_timeout_s`."""
+"""Longest time for a response while the server completes others, as a multiple of `request_timeout_s`."""
 
 
 class ServerError(RuntimeError):
-    """A request to a server failed; the message names the server, the route and its answer. status: HTTP, if it answered.
+    """A request to a server failed; the message names the server, the route and the answer.
 
-    reached: the server may have received the request; False if no connection was made. broken: the connection failed, which
-    says nothing about the server.
+    status: HTTP status, if the server answered. reached: whether the server may have received the request; False if no
+    connection was made. broken: the connection failed, which is no evidence that the server is at fault.
     """
 
     def __init__(self, message: str, status: int | None = None, *, reached: bool = True, broken: bool = False) -> None:
@@ -47,10 +47,10 @@ class ServerError(RuntimeError):
 class Generated:
     """What a server generated for one request.
 
-    ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
-    the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if requested,
-    the experts of all tokens but the last, including the prompt's, in all layers; see `of_expert_layers`. server: name of the
-    one that was asked.
+    ids: response token ids. logprobs: log-prob of each, under the tempered distribution. version: weight version at the last
+    token, as the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if
+    requested, the experts, in all layers, of all tokens of prompt and response but the last; see `of_expert_layers`. server:
+    name of the server that was asked.
     """
 
     ids: list[int]
@@ -97,10 +97,11 @@ class GenerateParameters:
 
 
 def _stops(texts: Sequence[str]) -> dict[str, Any]:
-    """Parameters for a response that ends with the token in which one of these ends.
+    """Parameters that end a response with the token in which one of these texts ends.
 
-    SGLang (0.5.21) looks for texts in the last tokens, in one more than its tokenizer makes of the longest text. The model may
-    draw that in more tokens. For a pattern it looks at one more token than the pattern has characters, and then for texts too.
+    SGLang (0.5.21) matches texts in a window of the last tokens: one more token than its tokenizer makes of the longest text.
+    But the model may draw that text in more tokens. A pattern (`stop_regex`) widens the window, for texts too, to one more
+    token than the pattern has characters.
     """
     if not texts:
         return {}
@@ -109,18 +110,19 @@ def _stops(texts: Sequence[str]) -> dict[str, Any]:
 
 
 class ServerClient:
-    """One server. `http` is shared by all clients of a fleet and keeps connections open between requests."""
+    """Client of one server. `http` is shared by all clients of a fleet and keeps connections open between requests."""
 
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
         self._routes: frozenset[str] | None = None
-        # Of responses under way, with the seconds that each has and the time when these are not renewed any more.
+        # Deadlines of the requests in flight -> (timeout in seconds, event-loop time beyond which it is not extended).
         self._deadlines: dict[asyncio.Timeout, tuple[float, float]] = {}
 
     async def learn_routes(self, required: Iterable[str], *, timeout_s: float) -> None:
-        """Ask the server for its routes, which differ between versions. Raises ServerError naming a required one that it lacks.
+        """Ask the server for its routes, which differ between versions. Raises ServerError naming a required route that is
+        missing.
 
-        A server that does not list them (DISABLE_OPENAPI_DOC) is assumed to have all.
+        A server that does not list its routes (DISABLE_OPENAPI_DOC) is assumed to have all.
         """
         try:
             self._routes = frozenset((await self.get("/openapi.json", timeout_s=timeout_s))["paths"])
@@ -135,7 +137,7 @@ class ServerClient:
             )
 
     def has(self, route: str) -> bool:
-        """Whether the server has a route, as far as is known."""
+        """Whether the server has a route; True if its routes are not known."""
         return self._routes is None or route in self._routes
 
     async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float | None) -> httpx.Response:
@@ -179,7 +181,7 @@ class ServerClient:
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:
-        """Whether the server generates; not meaningful for a paused one, which does not."""
+        """Whether the server generates. Not meaningful for a paused server, which does not generate."""
         return await self._answers("/health", timeout_s)
 
     async def is_alive(self, timeout_s: float) -> bool:
@@ -194,16 +196,16 @@ class ServerClient:
         return True
 
     async def weight_version(self, timeout_s: float) -> str:
-        """Version of the weights that the server has, as last set by a sync."""
+        """Version of the server's weights, as the last weight sync set it."""
         return str((await self.get("/model_info", timeout_s=timeout_s)).get("weight_version"))
 
     async def generate(
         self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float, rid: str | None = None
     ) -> Generated:
-        """One response. Raises RefusedError, and ServerError also for a reply whose log-probs do not belong to its tokens.
+        """One response. Raises RefusedError and ServerError; the latter also if the log-probs are not those of the tokens.
 
-        rid: request id, by which `abort` can cut it off; the reply then has the tokens so far. timeout_s: in which the server
-        completes no response at all: a busy one lets requests wait in its queue.
+        rid: request id for `abort`; an aborted reply has the tokens so far. timeout_s: the request times out when the server
+        has completed no response at all for so long, because a busy server lets requests wait in its queue.
         """
         body = {
             "input_ids": list(prompt_ids),
@@ -235,8 +237,8 @@ class ServerClient:
         return found
 
     async def _complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply to `/generate`, which gives all others under way their full time again, but no more than `PATIENCE` times
-        that in all: a server may lose one of them."""
+        """The reply to `/generate`. A reply restarts the timeout of all other requests in flight, up to `PATIENCE` timeouts in
+        total, because a server may lose a request."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 self._deadlines[deadline] = timeout_s, asyncio.get_running_loop().time() + PATIENCE * timeout_s
@@ -258,18 +260,18 @@ class ServerClient:
 
 
 def of_expert_layers(routing: array[int], model: Architecture) -> array[int]:
-    """`Generated.routing` as in `Sample`: without the dense layers, for which SGLang (0.5.21) returns zeros. Unchanged if it
-    has none of them."""
+    """Convert `Generated.routing` to that of `Sample`: without the dense layers, for which SGLang (0.5.21) returns zeros.
+    Unchanged if the reply does not include dense layers."""
     experts = model.experts
     if experts is None or not experts.dense_layers or len(routing) % (model.layers * experts.per_token):
         return routing
     chosen = np.frombuffer(routing, np.uint8).reshape(-1, model.layers, experts.per_token)
-    if chosen[:, sorted(experts.dense_layers)].any():  # of the other layers alone, and only the size would fit
+    if chosen[:, sorted(experts.dense_layers)].any():  # it has only expert layers, and its size fits by chance
         return routing
     return array("B", chosen[:, model.expert_layers].tobytes())
 
 
 def _routing(meta: dict[str, Any]) -> array[int]:
-    """Decode SGLang's int32 [tokens, layers, experts of a token] in base64 (`state_capturer/routed_experts.py`, 0.5.21)."""
+    """Decode SGLang's base64 of int32 [tokens, layers, experts per token] (`state_capturer/routed_experts.py`, 0.5.21)."""
     experts = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), np.int32)
     return array("B", experts.astype(np.uint8).tobytes())

@@ -42,18 +42,20 @@ def server_command(
     tokenizer: bool = False,
     part: int = 0,
 ) -> ServerCommand:
-    """The command of server number `place` of a node. folder: for other files that it reads, written here. routing: whether it
-    must return the chosen experts. tokenizer: whether it must have one, to match stop strings. part: number of this node among
-    those that the server spans, see `parts`.
+    """The command of server number `place` of a node.
+
+    folder: where this function writes other files that the server reads. routing: whether the server must return the chosen
+    experts. tokenizer: whether it needs a tokenizer, to match stop strings. part: number of this node among those that the
+    server spans, see `parts`.
 
     The server starts with random weights and gets the policy's before its first request. So model_dir needs only a config.json
-    and, if asked for, a tokenizer; a Megatron checkpoint will do. An api_key is passed in a file that only the user can read.
-    Raises UserError when `sglang.devices` names a GPU that a rank trains on, or names none and the machine has too few left.
+    and, with `tokenizer`, a tokenizer; a Megatron checkpoint will do. An api_key is passed in a file that only the user can
+    read. Raises UserError when `sglang.devices` names a GPU that a rank trains on, or names none and too few GPUs are left.
     """
     shares_gpus = config.placement == "colocated" and cuda
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", *_parallelism(config, part)]
     arguments += [] if tokenizer else [NO_TOKENIZER]
-    # An idle server would otherwise keep a core busy, which ranks of the same machine need.
+    # An idle server would otherwise keep a CPU core busy that the machine's ranks need.
     arguments += [] if cuda else ["--sleep-on-idle"]
     if config.mem_fraction is not None and not shares_gpus:
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
@@ -91,20 +93,20 @@ def server_command(
 def _parallelism(config: SglangConfig, part: int) -> list[str]:
     """Arguments for the ranks of a server."""
     found = ["--tp-size", str(config.tp)]
-    if config.nodes_per_server > 1:  # where its parts meet is known when they start
+    if config.nodes_per_server > 1:  # the rendezvous address is added at the start
         found += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
     return found + (["--ep-size", str(config.ep)] if config.ep > 1 else [])
 
 
 def _environment(config: SglangConfig, *, place: int, host: str, folder: Path, cuda: bool) -> dict[str, str]:
-    """Variables of a server, besides the job's own."""
+    """Environment variables of a server, in addition to those of the job."""
     found = {}
     if config.nodes_per_server > 1:
-        # Its ranks would otherwise look for each other at the addresses from which their machines reach the internet.
+        # By default the server's ranks connect to each other at the addresses from which their machines reach the internet.
         found["SGLANG_HOST_IP"] = os.environ.get("SGLANG_HOST_IP") or host
     if config.placement == "colocated" and cuda:
-        # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
-        # amounts when a server is started again. It sizes its cache by the least in any case.
+        # SGLang does not start if one of its GPUs has over a tenth less free memory than another. At a restart this is normal,
+        # because ranks of different pipeline stages hold different amounts. SGLang sizes its cache by the least in any case.
         found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if sync_of(config) == "sharded":
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
@@ -116,15 +118,15 @@ def _environment(config: SglangConfig, *, place: int, host: str, folder: Path, c
 
 
 def _overrides(config: SglangConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a server must read otherwise than its config.json has them. model: the fields of that file."""
+    """Fields of config.json that must be overridden for a server. model: the fields of that file."""
     found: dict[str, Any] = {}
     if config.fp8:
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         found["quantization_config"] = {"fmt": "e4m3", **blocks}
     elif model.get("quantization_config"):
-        # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
+        # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in that dtype.
         found["quantization_config"] = None
-    # Published files have these fields, but transformers 5 does not know and write them, and SGLang has no defaults for them.
+    # Published config files have these fields, but transformers 5 drops them, and SGLang has no defaults for them.
     unwritten: dict[str, Any] = {}
     if model.get("model_type") == "deepseek_v3":
         unwritten = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -134,10 +136,10 @@ def _overrides(config: SglangConfig, model: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """GPUs of a server, as CUDA_VISIBLE_DEVICES names them: those asked for in `sglang.devices`, else, in order, the ranks'
-    GPUs for colocated servers and the next ones for dedicated servers. Empty when no GPU is visible.
+    """GPUs of a server, as CUDA_VISIBLE_DEVICES names them. Empty when no GPU is visible.
 
-    By default every server would take the machine's first GPUs.
+    These are `asked` if `sglang.devices` is set. Otherwise they are, in order, the ranks' GPUs for colocated servers, and the
+    GPUs after those for other servers. Without CUDA_VISIBLE_DEVICES every server would take the machine's first GPUs.
     """
     import torch
 
@@ -172,11 +174,11 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
 
 
 def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
-    """Arguments for kernels that keep weights as they are sent, unless the user has chosen some. model: its config.json.
+    """Arguments for kernels that keep the layout of weights as they are sent, unless the user chose others. model: config.json.
 
-    On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
-    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either. For DeepSeek-V3 it also looks
-    into the files for experts in FP8, and then quantises all layers, whatever its config says.
+    On Blackwell (SM100) SGLang's default kernels change the layout, so that no weight update can be loaded. DeepGEMM packs the
+    scales of FP8 blocks into another dtype and shape; flashinfer_trtllm rearranges bfloat16 experts into blocks. For
+    DeepSeek-V3, SGLang also searches the files for FP8 experts and then quantises all layers, whatever the config says.
     """
     import torch
 
@@ -194,9 +196,10 @@ def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
 
 
 def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
-    """Arguments for a shared expert with parameters of its own, unless the user has chosen. model: its config.json.
+    """Arguments that keep a shared expert in parameters of its own, unless the user chose otherwise. model: config.json.
 
-    On GPUs SGLang appends it to the routed experts, whose shapes then are not those of the plan; it refuses to load two.
+    On GPUs SGLang appends the shared expert to the routed experts, whose shapes then differ from the sync plan. It refuses to
+    load two shared experts that way.
     """
     shared = model.get("n_shared_experts")
     if shared is None:
@@ -215,7 +218,7 @@ def _model_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _this_package(folder: Path) -> str:
-    """A directory from which only this package can be imported: the server must not see the trainer's other packages."""
+    """A directory from which the server can import only this package, and none of the trainer's other packages."""
     folder.mkdir(parents=True, exist_ok=True)
     link, package = folder / "python" / "etr_megatron", Path(etr_megatron.__file__).resolve().parent
     link.parent.mkdir(exist_ok=True)
@@ -227,7 +230,7 @@ def _this_package(folder: Path) -> str:
 
 
 def _key_file(folder: Path, server: str, api_key: str) -> str:
-    """Write the key to a file: on a command line every user of the machine could read it."""
+    """Write the API key to a file, because every user of the machine could read it on a command line."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".{server}.yaml"
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:

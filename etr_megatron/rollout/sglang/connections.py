@@ -1,4 +1,4 @@
-"""Keep-alive connections to servers, at a cost per request that does not grow with their number."""
+"""Keep-alive connections to servers. The cost per request does not grow with the number of connections."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from etr_megatron.platform.files import allow_open_files
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 2.0
-"""Connections idle for longer are closed: a server closes them after 5 seconds, perhaps while a request is on its way."""
+"""Seconds after which idle connections are closed. A server closes them after 5 seconds, perhaps just as a request is sent."""
 
 _Idle = deque[tuple[float, httpx.AsyncHTTPTransport]]
 """Idle connections with the time of their last use, the most recent at the end."""
 
 
 def allow_connections(count: int) -> None:
-    """Raise this process's limit of open files for so many connections, as far as the hard limit allows; warn if it does not.
+    """Raise this process's limit of open files for `count` connections. Warn if the hard limit does not allow so many.
 
-    Without one more file a connection fails, which looks like a server that is gone.
+    At the limit new connections fail, which looks as if the server were gone.
     """
     wanted, most = allow_open_files(count)
     if most < wanted:
@@ -61,7 +61,7 @@ class Connections(httpx.AsyncBaseTransport):
             await _close(idle, before=time.monotonic() - _IDLE_S)
             response = await connection.handle_async_request(request)
         except BaseException:
-            give_back()  # it reconnects by itself if it is broken
+            give_back()  # a broken connection reconnects by itself
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _Body(response.stream, give_back)
@@ -74,7 +74,7 @@ class Connections(httpx.AsyncBaseTransport):
 
 
 async def _close(idle: _Idle, before: float) -> None:
-    """Close the connections that were last used before that time."""
+    """Close the connections that were last used before this time."""
     while idle and idle[0][0] < before:
         await idle.popleft()[1].aclose()
 

@@ -1,4 +1,4 @@
-"""Rank 0's side of the servers: their clients, and one event loop in a thread for all communication with them."""
+"""Rank 0's communication with the servers: their clients, and one event loop in a thread for all requests."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
 
 _CLOSE_S = 5.0
-"""Time for servers to return aborted requests when the job ends; nobody will read these."""
+"""Seconds for servers to return aborted requests when the job ends. The replies are not used."""
 
 _PROBE_TOKENS = 32
 _SUSPICIONS = "suspicions.json"
 _HEALTH_S = 5.0
-"""Time for a server to answer a health check, for which it generates a token."""
+"""Seconds for a server to answer a health check, for which it generates a token."""
 
 
 class _UnwellError(ServerError):
@@ -74,8 +74,9 @@ class _UnwellError(ServerError):
 class Control:
     """Communicates with all servers on behalf of the engines of all ranks. names: of all servers, in order.
 
-    expected: what servers at `sglang.urls` must be able to take. host: this machine's address for weights. api_key: of all
-    servers, None if they require none. logs: directory for a router's output and the problems that may have killed servers.
+    expected: the weights that servers at `sglang.urls` must be able to load. host: this machine's address for the transfer of
+    weights. api_key: of all servers, None if they require none. logs: directory for a router's output and for the list of
+    problems that may have killed servers.
     """
 
     def __init__(
@@ -137,11 +138,11 @@ class Control:
         return asyncio.run_coroutine_threadsafe(self._delivery.deliver(bucket), self.loop)
 
     def run(self, what: Coroutine[Any, Any, T]) -> T:
-        """Run in the loop's thread; waits for the result."""
+        """Run a coroutine in the event loop's thread, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(what, self.loop).result()
 
     def run_until_stopped(self, what: Coroutine[Any, Any, T], must_stop: MustStop) -> T:
-        """As `run`, until `must_stop()` holds: then `what` is cancelled and StopAskedError raised."""
+        """As `run`; once `must_stop()` is true, cancels `what` and raises StopAskedError."""
         future = asyncio.run_coroutine_threadsafe(what, self.loop)
         while not wait([future], timeout=LOOK_S).done:
             if must_stop():
@@ -150,7 +151,7 @@ class Control:
         return future.result()
 
     def start_router(self) -> None:
-        """Start the router, if there is to be one. Raises UserError when it does not start."""
+        """Start the router, if one is configured. Raises UserError when it does not start."""
         if self._router is not None:
             self._router.start()
 
@@ -168,7 +169,7 @@ class Control:
         return self._backoff.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
-        """Take back servers that were `due`, if they have recovered or were restarted (in `started`). The sync comes next."""
+        """Take back servers that were `due` and have recovered or been restarted (in `started`). The weight sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
             if problem is not None:
                 if name in started:
@@ -183,7 +184,7 @@ class Control:
     async def _get_to_know(
         self, names: Sequence[str], started: Mapping[str, Started], *, patient: bool
     ) -> dict[str, ServerError | None]:
-        """Server -> why it does not serve, None if it does. patient: it may be starting up."""
+        """Check servers; returns server -> why it does not serve, None if it does. patient: wait, as it may be starting up."""
         needed = (*_ROUTES, _UPDATE_ROUTE[sync_of(self._config)], *(_RELEASE if self._colocated else ()))
 
         async def one(name: str) -> ServerError | None:
@@ -206,7 +207,7 @@ class Control:
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
     async def _refuse_misfit(self, client: ServerClient) -> None:
-        """Raises ServerError when the server cannot take the job's weights, by what it reports about itself."""
+        """Raises ServerError when the server's own report shows that it cannot load the job's weights."""
         said = [await client.get(route, timeout_s=self._config.update_timeout_s) for route in ("/server_info", "/model_info")]
         if (problem := self._expected.misfit(*said)) is not None:
             raise ServerError(f"{client.name} at {client.url} cannot take the job's weights: {problem}")
@@ -222,15 +223,16 @@ class Control:
             await asyncio.sleep(0.5)
 
     async def _is_healthy(self, client: ServerClient) -> bool:
-        """Whether the server generates. One at `sglang.urls` that is alive but does not may still be paused by a sync, of a job
-        that was killed or of ours at which it failed. That sync is ended and the server checked again. A server that generates
-        is left alone.
+        """Whether the server generates.
+
+        A server at `sglang.urls` that is alive but does not generate may still be paused by a weight sync: of a job that was
+        killed, or of this job if the server failed at it. Then that sync is ended, and the server is checked again.
         """
         if not self._config.urls:
             return await client.is_healthy(_HEALTH_S)
-        try:  # not concurrently: a paused server that answers another request meanwhile reports that it is healthy
+        try:  # one request at a time: a paused server reports that it is healthy if it answers another request meanwhile
             await client.get("/server_info", timeout_s=_HEALTH_S)
-        except ServerError as error:  # with a status, as for a wrong key, its health is checked all the same
+        except ServerError as error:  # it answered, if only to reject a wrong key, so check its health
             return error.status is not None and await client.is_healthy(_HEALTH_S)
         if not await client.is_healthy(_HEALTH_S):
             await self._transaction.end_what_is_open(client)
@@ -244,7 +246,7 @@ class Control:
 
     def finish(self, version: int) -> None:
         """Close the transaction. Raises EngineGoneError when no server is left."""
-        if self._released:  # a flush also returns what the transfer took to the GPU, where the KV cache needs the room
+        if self._released:  # a flush also frees the transfer's GPU memory, which the KV cache needs
             self.run(self.fleet.call_all("/flush_cache", {}, timeout_s=self._config.update_timeout_s))
         self.run(self._resume("kv_cache", "cuda_graph"))
         self._released = []
@@ -258,14 +260,15 @@ class Control:
 
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
-        # By default a server loads as it was started; the job's own were started with `dummy` and would refuse.
+        # By default a server uses the load format that it was started with: `dummy` for the job's own, which fails here.
         body = {"model_path": str(directory.absolute()), "load_format": "auto", "flush_cache": False}
         self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 
     def release(self) -> list[str]:
-        """Have colocated servers release their memory until the next sync. Returns the failed ones, which are not asked and
-        hold their memory as long as they run. Raises EngineGoneError when none is left.
+        """Have colocated servers release their memory until the next sync. Raises EngineGoneError when none is left.
+
+        Returns the failed servers: they get no request, and hold their memory as long as they run.
         """
         if self._colocated and not self._released:
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
@@ -274,9 +277,10 @@ class Control:
         return list(self.fleet.failed) if self._colocated else []
 
     async def _resume(self, *tags: str) -> None:
-        """Have servers that released memory take it back. A server that was restarted since would crash on this request.
+        """Have servers that released memory allocate it again. A server that was restarted since then is left out, because the
+        request would crash it.
 
-        tags: SGLang's names of the parts; the KV cache comes last, when a sync holds no more memory.
+        tags: SGLang's names of the parts. The KV cache comes last, when the sync has freed its memory.
         """
         had = [name for name, _ in set(self._released) & set(self.fleet.members)]
 
@@ -294,7 +298,7 @@ class Control:
         async def one(client: ServerClient) -> None:
             try:
                 found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
-            except RefusedError as refusal:  # a server that does not take a prompt of this length is of no use
+            except RefusedError as refusal:  # a server that refuses a prompt of this length cannot be used
                 raise ServerError(str(refusal)) from refusal
 
         self.run(self.fleet.for_all(one))
@@ -310,7 +314,7 @@ class Control:
         self.fleet.mark_failed(self._clients[name], why)
 
     def close(self) -> None:
-        """Cut off what is under way, leave the weight group, stop the loop."""
+        """Abort the requests in flight, leave the weight group, stop the router and the event loop."""
         self.run(self.stream.stop(abort=True, held_s=_CLOSE_S))
         self.run(self._delivery.close())
         self.run(self._http.aclose())

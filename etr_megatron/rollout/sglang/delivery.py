@@ -26,17 +26,17 @@ from etr_megatron.weights.quantize import FP8
 from etr_megatron.weights.transport.whole import Field
 
 LIVENESS_S = 30.0
-"""Time for a server to answer a liveness check; during a sync it is paused and has nothing else to do."""
+"""Seconds for a server to answer a liveness check during a weight sync, when it is paused and has nothing else to do."""
 
 _ARRIVAL_S = 5.0
-"""Time for a server to enter the rendezvous of a weight group."""
+"""Seconds for a server to enter the rendezvous of a weight group."""
 
 
 @dataclass(frozen=True)
 class Bucket:
     """HF tensors concatenated in flat, uint8 [sum of sizes], which the bucket owns.
 
-    handles: server -> where its workers find the bucket in their machine's memory, see `SharedBuckets`.
+    handles: server -> handles with which its workers open the bucket in their machine's shared memory, see `SharedBuckets`.
     """
 
     fields: Sequence[Field]
@@ -63,7 +63,7 @@ class Delivery(Protocol):
     """Delivers buckets to the servers. Raises EngineGoneError when no server is left."""
 
     async def deliver(self, bucket: Bucket) -> None:
-        """Deliver to all serving servers; returns when all that are left have the bucket."""
+        """Deliver to all serving servers. Returns when every server that has not failed has the bucket."""
         ...
 
     async def close(self) -> None:
@@ -72,7 +72,7 @@ class Delivery(Protocol):
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles FP8 tensors with a storage of bytes: what torch (2.13) itself writes for them it cannot read again."""
+    """Pickles FP8 tensors with a storage of bytes, because torch (2.13) cannot read its own pickles of FP8 tensors."""
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor) or obj.dtype is not FP8:
@@ -83,7 +83,7 @@ class _Pickler(pickle.Pickler):
 
 
 def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
-    """Tensors as `/update_weights_from_tensor` takes them: as bytes, not as handles that are valid only on this machine."""
+    """Tensors for `/update_weights_from_tensor`: as bytes, not as handles, which are valid only on this machine."""
     output = io.BytesIO()
     _Pickler(output).dump([(name, tensor.to("cpu", copy=True)) for name, tensor in named])
     return base64.b64encode(output.getbuffer()).decode()
@@ -92,8 +92,8 @@ def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
 class TensorDelivery:
     """Sends whole tensors to every worker of a server, in HTTP requests. See `Delivery`.
 
-    A server with handles of the bucket is sent these, the others bytes. With handles a sync takes less than a tenth of the time
-    that bytes take through JSON and a server's processes (benchmarks/weight_sync.py).
+    A server that has handles of the bucket is sent the handles; other servers are sent the bytes. With handles a sync takes
+    less than a tenth of the time that bytes need for JSON and for a server's processes (benchmarks/weight_sync.py).
     """
 
     def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float) -> None:
@@ -119,11 +119,11 @@ class TensorDelivery:
 
 
 def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Run in a thread that the process does not wait for at its end: NCCL connects to workers without a deadline, and closing
-    the group does not stop it."""
+    """Run in a daemon thread, which does not keep the process alive at its end: NCCL connects to workers without a deadline,
+    and closing the group does not stop it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # it may be that nobody waits any more
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # in case nobody awaits it any more
 
     def end(error: Exception | None) -> None:
         if not future.done():
@@ -143,9 +143,10 @@ def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
 
 
 class BroadcastDelivery:
-    """Broadcasts over one process group of rank 0 and all servers' workers, re-created when the servers change. See `Delivery`.
+    """Broadcasts over one process group of rank 0 and all servers' workers. See `Delivery`.
 
-    workers: tensor-parallel ranks of each server. backend: of the group. timeout_s: of every request and wait.
+    The group is re-created when the servers change. workers: tensor-parallel ranks of each server. backend: of the group.
+    timeout_s: of every request and wait.
     """
 
     def __init__(self, fleet: Fleet, *, workers: int, host: str, backend: str, timeout_s: float) -> None:
@@ -155,7 +156,7 @@ class BroadcastDelivery:
         self._members: list[tuple[str, int]] = []
 
     async def deliver(self, bucket: Bucket) -> None:
-        """Send the bucket to all serving servers, again after one has failed, until all that are left have it."""
+        """Send the bucket to all serving servers. After a failure, send it again to the servers that are left."""
         while True:
             self._fleet.refuse_if_gone()
             if self._fleet.members != self._members and not await self._form_group():
@@ -165,7 +166,7 @@ class BroadcastDelivery:
             await self.close()
 
     async def _send_once(self, bucket: Bucket) -> bool:
-        """Send the bucket; returns whether every serving server has it. Those that are to blame are marked."""
+        """Send the bucket; returns whether every serving server has it. If not, the servers that are to blame are marked."""
         group = self._group
         assert group is not None
         body = {
@@ -180,7 +181,7 @@ class BroadcastDelivery:
         route = "/update_weights_from_distributed"
         calls = [asyncio.create_task(client.call(route, body, timeout_s=self._timeout_s)) for client in clients]
         sending = _in_daemon_thread(lambda: group.broadcast(bucket.flat))
-        # A server that refuses never joins the broadcast: unless the group is closed, everybody would wait for it.
+        # A server that refuses the request never joins the broadcast. The group is closed, or all others would wait for it.
         both: list[asyncio.Future[Any]] = [*calls, sending]
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
         if all(task.exception() is None for task in done):
@@ -195,15 +196,15 @@ class BroadcastDelivery:
         return False
 
     async def _blame(self, asked: Sequence[ServerClient], failed: Mapping[ServerClient, str]) -> None:
-        """Mark servers that are not alive, as one that hangs makes others fail. If all are alive, mark those that failed, or
-        the same would be tried forever. failed: with reasons."""
+        """Mark servers that are not alive, because a server that hangs makes others fail. If all are alive, mark those that
+        failed, because the same attempt would otherwise be repeated forever. failed: server -> reason."""
         alive = await asyncio.gather(*(client.is_alive(self._liveness_s) for client in asked))
         dead = {client: failed.get(client, "does not answer") for client, lives in zip(asked, alive, strict=True) if not lives}
         for client, why in (dead or failed).items():
             self._fleet.mark_failed(client, why)
 
     async def _form_group(self) -> bool:
-        """Form a group with all serving servers; returns False when one of them did not join and was marked."""
+        """Form a group with all serving servers. Returns False if that failed and the servers to blame were marked."""
         await self.close()
         await self._fleet.see_that_they_live(self._liveness_s)
         self._fleet.refuse_if_gone()
@@ -221,7 +222,7 @@ class BroadcastDelivery:
             }
             calls.append(asyncio.create_task(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)))
         joining = _in_daemon_thread(group.join)
-        # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
+        # A server that refuses the request never joins the rendezvous, where the others would wait until their timeout.
         both: list[asyncio.Future[Any]] = [*calls, joining]
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
@@ -231,8 +232,8 @@ class BroadcastDelivery:
                 if call.done() and call.exception() is not None
             }
             why = f"the process group for weights was not formed: {joining.exception()}" if joining.done() else ""
-            # Servers in the rendezvous wait for the missing one, and do not respond, until the store is closed. A server that
-            # has not found the store by then would go on looking for it, so give all of them time to arrive.
+            # Servers in the rendezvous wait for the missing one, and answer nothing, until the store is closed. A server that
+            # connects after that would keep retrying, so all servers first get time to arrive.
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
             group.close()
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
@@ -244,7 +245,7 @@ class BroadcastDelivery:
         return True
 
     async def close(self) -> None:
-        """Leave the group and ask the servers to destroy it; they can go on even if that request fails."""
+        """Leave the group and ask the servers to destroy it. A server is usable even if that request fails."""
         if self._group is not None:
             body = {"group_name": self._group.name}
             self._group.close()

@@ -1,22 +1,23 @@
 """Decides which waiting request goes to which server next.
 
-Requests go where their prompt is cached, as long as that server is not above its share:
+A request goes to a server that has its prompt cached, as long as that server is not overloaded:
 
-1. A server's share is the number of requests, under way or waiting, divided by the number of servers.
-2. A prompt's requests go to its homes, the servers that have requests of it, until these are an eighth above their share. What
-   has no place there goes to the least busy server, which becomes another home, if that is below its share.
-3. A further turn of a dialogue goes to the server that drew the one before, until that is half above its share: there is more
-   to compute anew.
+1. A server's share is the number of requests, in flight or waiting, divided by the number of servers.
+2. The homes of a prompt are the servers that have requests of it. A prompt's requests go to its homes until these are an eighth
+   above their share. Further requests go to the least busy server if it is below its share; it becomes another home.
+3. A further turn of a dialogue goes to the server that drew the previous turn, until that server is half above its share. The
+   limit is higher because more tokens would have to be computed again.
 
-A prompt that kills every server that it comes to costs two of them, or as many as it was at and two more if it kills only after
-a while.
+A prompt may kill every server that it is sent to. The rules below limit the loss to two servers. If it kills only after a
+while, the loss is the servers that have it by then, and two more.
 
-1. A prompt has one home until it has proved harmless: a response to it is complete, or its home has had it for a while and
-   still generates. If it kills its home, it kills no other.
-2. All prompts under way at a server that died are suspect, as it is not known which of them killed it.
-3. A suspect prompt is tested before its requests go anywhere again: one prompt at a time, at a server that has nothing else and
-   is not the one that died with it. The last server is spared if others can come back. If the server dies, it was the prompt;
-   if not, it was another prompt or a fault of the server itself. Until a response to it is complete, it has one home.
+1. A prompt has one home until it is proved harmless: a response to it is complete, or its home has had it for a while and still
+   generates. So a prompt that kills its home kills no other server.
+2. All prompts in flight at a server that died are suspect, because it is not known which of them killed it.
+3. A suspect prompt is tested before its requests are sent anywhere again. One prompt is tested at a time, at a server that has
+   no other requests and is not the one that died. The last server is not used for tests if others can come back. If the server
+   dies in the test, the prompt is to blame. If not, another prompt or the server itself was. A prompt that passed has one home
+   until a response to it is complete.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 _HOME_DIVISOR, _DIALOGUE_DIVISOR = 8, 2
-"""A server may be one eighth above its share for what has a prompt cached there, and half for what has a dialogue. A request
-more slows down every step of decoding there, a prefill stops decoding once; a prompt is short, a dialogue is not."""
+"""For a request whose prompt is cached there a server may be 1/8 above its share, for a cached dialogue 1/2. One more request
+slows down every decoding step of the server; a prefill elsewhere interrupts decoding once, and is long only for a dialogue."""
 
 
 class Order(NamedTuple):
-    """A request for a server. is_test: only the prompt is tested, and the request keeps waiting."""
+    """A request to send to a server. is_test: only the prompt is tested, and the request itself keeps waiting."""
 
     key: int
     server: str
@@ -39,18 +40,18 @@ class Order(NamedTuple):
 
 
 class _Lane(NamedTuple):
-    """Requests of a prompt that wait for the same servers: for the one that has their dialogues cached or, if that is "", for
-    the prompt's homes."""
+    """Key of a queue: requests of a prompt that wait for the same servers. cached_at: the server that has their dialogues
+    cached; "" if they wait for the prompt's homes."""
 
     prompt: str
     cached_at: str
 
 
 class Dispatch:
-    """The requests of a fleet by key, waiting or under way, and the suspect prompts.
+    """The requests of a fleet by key, waiting or in flight, and the suspect prompts.
 
-    concurrency: requests under way per server. deaths: prompt -> number of servers that died with it, until it is answered;
-    prompts that have deaths at the start are suspect.
+    concurrency: most requests in flight per server. deaths: prompt -> number of servers that died with it in flight since the
+    last complete response to it; prompts that have deaths at the start are suspect.
     """
 
     def __init__(self, concurrency: int, deaths: Mapping[str, int]) -> None:
@@ -60,10 +61,10 @@ class Dispatch:
         self._cached_at: dict[int, str] = {}  # of requests that continue a dialogue: the server that has it cached
         self._waiting: deque[int] = deque()
         self._lanes: dict[_Lane, deque[int]] = {}
-        self._lanes_at: dict[str, dict[_Lane, None]] = {}  # by server: those that wait for it
+        self._lanes_at: dict[str, dict[_Lane, None]] = {}  # by server: the lanes that wait for it
         self._held: dict[str, deque[int]] = {}  # by suspect prompt: its requests, which may not start
-        self._homes: dict[str, dict[str, int]] = {}  # by prompt and server: number of requests under way
-        self._servers: dict[int, str] = {}  # of requests under way
+        self._homes: dict[str, dict[str, int]] = {}  # by prompt and server: number of requests in flight
+        self._servers: dict[int, str] = {}  # of requests in flight
         self._load: Counter[str] = Counter()
         self._harmless: set[str] = set()
         self._suspects = dict.fromkeys(deaths, "")  # prompt -> the server that died with it
@@ -72,7 +73,7 @@ class Dispatch:
         self.apart: str | None = None
         """The server reserved for tests."""
         self.unproved: list[str] = []
-        """Prompts that could have used another home when `next` returned None, see `is_harmless`."""
+        """Prompts that the last call of `next` would have given another home if they had been proved harmless."""
 
     @property
     def waits(self) -> bool:
@@ -80,7 +81,7 @@ class Dispatch:
         return bool(self._waiting or self._lanes or self._held)
 
     def add(self, key: int, prompt: str, *, first: bool = False, cached_at: str = "") -> None:
-        """Add a request. first: ahead of all others. cached_at: the server that drew the dialogue that it continues."""
+        """Add a request. first: ahead of all others. cached_at: if it continues a dialogue, the server that drew it."""
         self._prompts[key] = prompt
         self._counts[prompt] += 1
         if cached_at:
@@ -89,10 +90,11 @@ class Dispatch:
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
-        """The next request to start at one of these servers, which then counts as started; None if there is none.
+        """The next request to start at one of these servers; None if there is none. It counts as started from now on.
 
-        spare_last: test nothing at the only server. routed: requests other than tests may be at another server than the one
-        they are counted for, so a server counts as idle only when nothing is under way anywhere, and prompts have one home.
+        spare_last: test nothing at the only server. routed: there is a router, so a request other than a test may be at another
+        server than the one it is counted for. Then a server counts as idle only when no request is in flight anywhere, and a
+        prompt has one home.
         """
         self.unproved = []
         if (test := self._next_test(serving, spare_last=spare_last, routed=routed)) is not None:
@@ -108,14 +110,14 @@ class Dispatch:
         return self._next_elsewhere(free, share) if order is None and not routed else order
 
     def move(self, key: int, servers: Iterable[str]) -> str:
-        """Count a request under way at the least busy of these servers from now on; returns that server."""
+        """Count a request in flight at the least busy of these servers from now on; returns that server."""
         left, server = self._servers[key], min(servers, key=self._load.__getitem__)
         self._arrive(key, server)
         self._leave(key, left)
         return server
 
     def ended(self, key: int) -> None:
-        """The request is no longer under way; call `again` or `forget` next."""
+        """The request is no longer in flight; call `again` or `forget` next."""
         self._leave(key, self._servers.pop(key))
 
     def again(self, key: int) -> None:
@@ -123,7 +125,7 @@ class Dispatch:
         self._wait([key], first=True)
 
     def forget(self, key: int) -> None:
-        """Drop a request that does not wait: it was answered, or nobody wants it any more."""
+        """Drop a request that is not waiting: it was answered, or its response is no longer needed."""
         prompt = self._prompts.pop(key)
         self._cached_at.pop(key, None)
         self._counts[prompt] -= 1
@@ -132,7 +134,7 @@ class Dispatch:
             self._harmless.discard(prompt)
 
     def withdraw(self, keys: Iterable[int]) -> None:
-        """Drop those of these requests that wait."""
+        """Drop those of these requests that have not started."""
         gone = set(keys)
         self._waiting = deque(key for key in self._waiting if key not in gone)
         for prompt in [prompt for prompt, held in self._held.items() if not gone.isdisjoint(held)]:
@@ -145,8 +147,8 @@ class Dispatch:
                 self.forget(key)
 
     def suspect(self, prompt: str, server: str) -> None:
-        """A server (its name, or "" if unknown) died with this prompt under way. Repeated calls, for each of the prompt's
-        requests there, count as one death."""
+        """Record that a server (its name, or "" if unknown) died with this prompt in flight. Repeated calls, one for each of
+        the prompt's requests there, count as one death."""
         if prompt not in self._suspects:
             self.deaths[prompt] = self.deaths.get(prompt, 0) + 1
             self._suspects[prompt] = server
@@ -156,9 +158,9 @@ class Dispatch:
                 self._hold(prompt, self._pop_lane(lane))
 
     def end_test(self, *, survived: bool | None) -> list[int]:
-        """End the test under way. survived: whether the server lives; None if the test was cut off or did not reach it.
+        """End the current test. survived: whether the server is alive; None if the test was cut off or did not reach it.
 
-        Returns the requests of a convicted prompt, which are dropped unless they are under way.
+        Returns the requests of a prompt that killed the server. They are dropped unless they are in flight.
         """
         assert self._testing is not None
         (prompt, server), self._testing = self._testing, None
@@ -175,19 +177,19 @@ class Dispatch:
         return gone
 
     def clear_of_suspicion(self, prompt: str) -> None:
-        """A response to the prompt is complete: forget its deaths, unless it is suspect now."""
+        """A response to the prompt is complete: forget its deaths, unless it has become suspect meanwhile."""
         if prompt not in self._suspects:
             self.deaths.pop(prompt, None)
             self.is_harmless(prompt)
 
     def is_harmless(self, prompt: str) -> None:
-        """The prompt may have several homes, if no server has died with it since it was last answered. Forgotten with its last
-        request."""
+        """Let the prompt have several homes, unless a server has died with it since the last complete response to it. Forgotten
+        when the prompt's last request ends."""
         if prompt in self._counts and prompt not in self.deaths:
             self._harmless.add(prompt)
 
     def clear(self) -> None:
-        """Drop all requests, none of which may be under way; suspicions stay."""
+        """Drop all requests; none of them may be in flight. Suspicions are kept."""
         for some in (self._prompts, self._counts, self._cached_at, self._lanes, self._lanes_at, self._held):
             some.clear()
         self._waiting.clear()
@@ -201,12 +203,12 @@ class Dispatch:
             self.apart = None
             return None
         idle = [name for name in serving if not (self._load.total() if routed else self._load[name])]
-        if self.apart is not None and self.apart in serving:  # it has had only tests
+        if self.apart is not None and self.apart in serving:  # reserved, so it gets nothing but tests
             idle = [self.apart, *idle]
         for name in idle:
             for prompt in self._held:
-                # Its other requests at the dead server must have ended first, or their end would count as another death. Those
-                # at other servers may go on: they began before it was suspect.
+                # The prompt's other requests at the dead server must have ended first, or their end would count as another
+                # death. Its requests at other servers may go on: they began before the prompt was suspect.
                 is_back = all(home in serving and not routed for home in self._homes.get(prompt, ()))
                 if is_back and (self._suspects[prompt] != name or len(serving) == 1):
                     self.apart = name
@@ -217,11 +219,11 @@ class Dispatch:
         return None
 
     def _share(self, servers: int) -> int:
-        """Requests of each of so many servers, rounded up, without those that are held."""
+        """Number of requests per server, rounded up, for this number of servers. Held requests do not count."""
         return -(-(len(self._prompts) - sum(map(len, self._held.values()))) // servers)
 
     def _has_place(self, server: str, lane: _Lane, share: int) -> bool:
-        """Whether one that has these requests' prompt or dialogues cached takes another of them."""
+        """Whether a server that has the prompt or dialogues of this lane cached takes another of its requests."""
         excess = max(1, share // _DIALOGUE_DIVISOR) if lane.cached_at else share // _HOME_DIVISOR
         return self._load[server] < share + excess
 
@@ -233,7 +235,7 @@ class Dispatch:
         return prompt in self._harmless and prompt not in self.deaths
 
     def _next_set_aside(self, free: Sequence[str], share: int) -> Order | None:
-        """One that waited for a server that now has a place for it."""
+        """A request that was set aside for a server that now has a place for it."""
         for name in free:
             for lane in sorted(self._lanes_at.get(name, ()), key=lambda lane: not lane.cached_at):  # dialogues first
                 if self._has_place(name, lane, share) and self._may_have(name, lane.prompt):
@@ -250,7 +252,7 @@ class Dispatch:
         return _Lane(prompt, cached_at if cached_at in usable and self._may_have(cached_at, prompt) else "")
 
     def _next_waiting(self, usable: Collection[str], free: Sequence[str], share: int) -> Order | None:
-        """The first that waits and whose servers have a place for it; those before it are set aside."""
+        """The first waiting request whose servers have a place for it. Requests before it are set aside."""
         while self._waiting:
             key = self._waiting.popleft()
             lane = self._lane_of(key, usable)
@@ -262,7 +264,7 @@ class Dispatch:
         return None
 
     def _next_elsewhere(self, free: Sequence[str], share: int) -> Order | None:
-        """One that has no place at its servers, for another one that is below its share."""
+        """A request that has no place at its own servers, for another server that is below its share."""
         server = min(free, key=self._load.__getitem__)
         if self._load[server] >= share:
             return None
@@ -286,7 +288,7 @@ class Dispatch:
         self._servers[key] = server
 
     def _leave(self, key: int, server: str) -> None:
-        """The request is not at this server any more."""
+        """Record that the request is not at this server any more."""
         self._load[server] -= 1
         prompt = self._prompts[key]
         homes, lane = self._homes[prompt], _Lane(prompt, "")
@@ -299,7 +301,7 @@ class Dispatch:
             self._wait(self._pop_lane(lane), first=True)
 
     def _leave_lost(self, usable: Collection[str]) -> None:
-        """Dialogues do not wait for servers that are not used any more."""
+        """Let dialogues go to any server if they wait for one that is not in use any more."""
         for name in [name for name in self._lanes_at if name not in usable]:
             for lane in [lane for lane in self._lanes_at[name] if lane.cached_at]:
                 self._wait(self._pop_lane(lane), first=True)
@@ -332,7 +334,7 @@ class Dispatch:
         return key
 
     def _pop_lane(self, lane: _Lane) -> deque[int]:
-        """All its requests, which are not set aside any more."""
+        """Remove the lane; returns its requests."""
         for name in self._servers_of(lane):
             self._lanes_at.get(name, {}).pop(lane, None)
         return self._lanes.pop(lane, deque())

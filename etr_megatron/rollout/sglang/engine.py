@@ -1,4 +1,4 @@
-"""The rollout engine with servers in separate processes: rank 0 talks to them, every rank gets the results."""
+"""The rollout engine with SGLang servers in separate processes. Rank 0 sends the requests; every rank gets the results."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ from etr_megatron.weights import Architecture, ServerLayout
 logger = logging.getLogger(__name__)
 
 _PROBE_GAPS, _LARGEST_PROBE_GAP = 10.0, 2.0
-"""Limits of a probe's mean gap: in largest mean gaps of a step, and in nats unless a step's own limit is larger. The probe has
-few tokens, whose text means nothing: their distributions are flat, and rounding to bfloat16 and FP8 shows undamped. In the
+"""Limits of a probe's mean gap: as a multiple of the limit for a step, and in nats unless the limit for a step is larger. A
+probe has few tokens of meaningless text: distributions are flat, and rounding to bfloat16 and FP8 has its full effect. In the
 simulation of docs/rollout.md, 40 probes had gaps up to 0.1 in bfloat16 and 0.6 in FP8; with two layers swapped, 14 or more."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What the servers must know of the run.
+    """Facts of the run that the servers depend on.
 
-    dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
-    directory: for the servers' files. temperature: the sampler's. max_gap: the largest mean difference of a step's log-probs
-    from the trainer's, of which a probe allows a multiple. routing: whether they must return the chosen experts.
+    dtype: of weights and arithmetic, as torch names it. backend: of the process groups that transfer weights, `gloo` or `nccl`.
+    directory: for the servers' files. temperature: the sampler's. max_gap: limit of the mean difference between a step's
+    log-probs and the trainer's; a probe allows a multiple of it. routing: whether servers must return the chosen experts.
     stop_strings: if there are any, the servers need a tokenizer.
     """
 
@@ -72,11 +72,11 @@ class Serving:
 
 
 class SglangEngine:
-    """See `RolloutEngine`. Servers are started by rank 0, by the first rank of every node or on dedicated nodes, or are those
-    of `config.urls`.
+    """See `RolloutEngine`. The servers are those of `config.urls`, or are started by rank 0, by the first rank of every node or
+    on dedicated nodes.
 
-    model_dir: has the config.json for servers that are started here. Their weights come with `update_weights`, before which
-    nothing is generated.
+    model_dir: has the config.json for servers that are started here. They get their weights with `update_weights`; before
+    that nothing can be generated.
     """
 
     def __init__(
@@ -118,17 +118,17 @@ class SglangEngine:
         )
         self._sender = self._make_sender()
         try:
-            at_servers(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
+            at_servers(lambda: self._speaker.start_router())  # first: a missing router fails at once, servers take minutes
             started = servers.start(servers.names, must_stop)
             at_servers(lambda: self._speaker.open(started))
-            self.release()  # ranks build their models next, on the GPUs of colocated servers
+            self.release()  # next, the ranks build their models on the GPUs of colocated servers
         except BaseException:
             self.close()
             raise
 
     @property
     def _speaker(self) -> Control:
-        """Rank 0's, on rank 0."""
+        """The `Control`, which only rank 0 has; use it on rank 0 alone."""
         return of_rank0(self._control)
 
     def _send_settings(self) -> SendSettings:
@@ -144,7 +144,7 @@ class SglangEngine:
         )
 
     def _require_room(self) -> None:
-        """Raise UserError on a machine without room for what this rank must share with its servers."""
+        """Raise UserError if this machine has no shared memory for the buckets that this rank shares with its servers."""
         send = self._send_settings()
         if sync_of(self._config) == "tensor" and dist.get_rank() in self._servers.hosts:
             require_room(send.arch, send.dtype, send.fp8_block, send.bucket_bytes)
@@ -159,7 +159,7 @@ class SglangEngine:
         if how == "sharded":
             layout = ServerLayout(config.tp, config.ep)
             return ShardedSender(settings, layout, self._servers.own_address, control.calls if control is not None else None)
-        # A server at `sglang.urls` may run in its own container, whatever its address: no memory is shared with it.
+        # No memory is shared with servers at `sglang.urls`: whatever its address, a server may run in its own container.
         hosts = self._servers.hosts if how == "tensor" else {}
         shared = NodeBuckets(hosts, config.tp_on_a_node, config.tp)
         if control is None:
@@ -167,8 +167,8 @@ class SglangEngine:
         return WholeSender(settings, control.send_queue, control.serving, shared)
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`. Rank 0 alone gets the responses, other ranks empty ones. Raises EngineGoneError,
-        NeedsSyncError and RefusedError on every rank."""
+        """See `RolloutEngine.generate`. Only rank 0 gets the responses; other ranks get empty responses. Raises
+        EngineGoneError, NeedsSyncError and RefusedError on every rank."""
         counts, limits = sampling.samples_of(problems), sampling.max_tokens_of(problems)
         names = sampling.names_of(problems)
         drew, name = self._drew if sampling.continued else {}, iter(names)
@@ -192,12 +192,14 @@ class SglangEngine:
         return [self._until_stop(reply, len(request.prompt_ids)) for request, reply in zip(requests, replies, strict=True)]
 
     def _until_stop(self, reply: Generated, context: int, turn: Sequence[int] = ()) -> Generated:
-        """The reply up to the token in which a stop string ends. context: number of tokens before it. turn: those of its turn
-        that were drawn before it.
+        """The reply up to the token in which a stop string ends. context: number of tokens before the reply. turn: tokens of
+        the current turn that were drawn before the reply.
 
-        A server does not see one that begins in `turn`, nor, as it looks at the last few tokens alone (`tail_str` in SGLang's
-        schedule_batch.py), one in many more tokens than the tokenizer would make of it. One that was told to abort it does not
-        look any more.
+        Servers miss some stop strings:
+        - one that begins in `turn`
+        - one drawn in many more tokens than the tokenizer would make of it, as a server matches only the last few tokens
+          (`tail_str` in SGLang's schedule_batch.py)
+        - one in the last tokens of an aborted request
         """
         end = self._serving.stop_strings.end([*turn, *reply.ids], len(turn))
         if end is None:
@@ -216,7 +218,7 @@ class SglangEngine:
         """See `StreamingEngine.submit`."""
         self._draws |= {draw.key: draw for draw in draws}
         stream = self._speaker.stream
-        # Begun dialogues go first: their groups are the oldest, and servers still have their tokens cached.
+        # Dialogues that have begun go first: their groups are the oldest, and servers still have their tokens cached.
         for first in (True, False):
             requests = {draw.key: self._request(draw) for draw in draws if bool(draw.turn_begin) == first}
             if requests:
@@ -241,7 +243,7 @@ class SglangEngine:
         draw = self._draws.pop(key)
         reply = self._until_stop(reply, len(draw.problem.prompt_ids) + len(draw.drawn), draw.drawn[draw.turn_begin :])
         finish = reply.finish_reason
-        if finish == "abort" and reply.ids:  # cut off exactly at its end
+        if finish == "abort" and reply.ids:  # the abort may have come right after the last token
             if reply.ids[-1] in self._stop_ids:
                 finish = "stop"
             elif len(reply.ids) >= draw.room:
@@ -252,14 +254,14 @@ class SglangEngine:
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that failed are brought back first, and serve once they have `version`. If all are lost in the sync, the job
-        starts its own again, once. Raises, on every rank, EngineGoneError when no server is left, SyncError naming ranks that
-        are missing, OtherModelError when all servers' log-probs differ from the trainer's.
+        Failed servers are brought back first, and serve once they have `version`. If all servers are lost in the sync, the job
+        restarts its own servers and repeats the sync once. Raises on every rank: EngineGoneError when no server is left,
+        SyncError naming ranks that are missing, OtherModelError when the log-probs of all servers differ from the trainer's.
         """
         self._empty_caches()
         self._bring_back()
-        # Over NCCL a server that dies takes the others with it, see docs/rollout.md. Servers that did not start are not among
-        # them: they would take as long again.
+        # With NCCL, a server that dies during a sync makes the others fail too, see docs/rollout.md, and a restart helps. If
+        # none serves even now, none could be started, and another attempt would only take as long again.
         may_lose_all = not self._config.urls and at_servers(lambda: bool(self._speaker.serving()))
         try:
             self._send(weights, version)
@@ -281,14 +283,14 @@ class SglangEngine:
             self._empty_caches()
 
     def _empty_caches(self) -> None:
-        """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:
-        rank 0 asks the servers once all ranks are done."""
+        """Empty torch's GPU memory cache, because colocated servers allocate their memory again next. A collective, so that
+        rank 0 asks the servers only after all ranks are done."""
         if self._config.placement == "colocated":
             together(platform.release_cached_memory)
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
-        """Spans an update, until the servers confirm that they have the version; after any error they are resumed."""
+        """Wraps an update: opens it, and closes it when the servers confirm the version. After any error they are resumed."""
         try:
             at_servers(lambda: self._speaker.begin())
             yield
@@ -299,14 +301,15 @@ class SglangEngine:
             raise
 
     def _bring_back(self) -> None:
-        """Bring failed servers back: restart them if they are ours, else ask for their health again."""
+        """Bring failed servers back: restart those that the job started, and check the health of others again."""
         due = at_servers(lambda: self._speaker.due())
         if due:
             started = self._servers.start(due)
             at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
-        """Mark servers whose log-probs of their tokens differ from the trainer's. Raises OtherModelError when all do."""
+        """Have all servers generate, and mark those whose log-probs differ from the trainer's. Raises OtherModelError when all
+        differ."""
         found = at_servers(lambda: self._speaker.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
@@ -324,10 +327,10 @@ class SglangEngine:
                 self._control.mark_failed(name, f"{what}, {limit}")
 
     def release(self) -> None:
-        """Colocated servers release their memory until the next `update_weights`; a collective, with nothing under way.
+        """Have colocated servers release their memory until the next `update_weights`. A collective, with no request in flight.
 
-        Those that have failed are stopped instead; a later `update_weights` restarts them. Raises EngineGoneError on every rank
-        when no server is left.
+        Failed servers are stopped instead; a later `update_weights` restarts them. Raises EngineGoneError on every rank when no
+        server is left.
         """
         failed = at_servers(lambda: self._speaker.release())
         if failed:

@@ -1,11 +1,11 @@
-"""The failures of one request, to tell when the request is at fault and not the servers."""
+"""The failures of one request, to decide whether the request or the servers are at fault."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 _AT_WELL_SERVERS = 2
-"""After so many failures at servers that were well afterwards, the request itself is at fault."""
+"""After this many failures at servers that were healthy afterwards, the request itself is at fault."""
 
 
 class GivenUpError(RuntimeError):
@@ -16,8 +16,8 @@ class GivenUpError(RuntimeError):
 class Failures:
     """Failures of one request over all its attempts.
 
-    said: the errors, in order. at_well: number of errors after which the server was well. deaths: number after which it was
-    not. broke: a connection broke once, which does not count as a failure.
+    said: the errors, in order. at_well: number of errors after which the server was healthy. deaths: number of errors after
+    which it was not. broke: whether a connection has broken once, which does not count as a failure.
     """
 
     said: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Failures:
     broke: bool = False
 
     def add(self, why: str, *, well: bool) -> None:
-        """Add a failure. well: whether the server was well afterwards."""
+        """Add a failure. well: whether the server was healthy afterwards."""
         self.said.append(why)
         self.at_well += well
         self.deaths += not well

@@ -1,6 +1,6 @@
-"""Checks whether a server at `sglang.urls` can take the job's weights, by what it reports about itself.
+"""Checks whether a server at `sglang.urls` can load the job's weights, by what the server reports about itself.
 
-A server crashes on a tensor of the wrong shape and ignores one whose name it does not know.
+A server crashes on a tensor of the wrong shape, and ignores a tensor whose name it does not know.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SIZES = {
     "head_dim": "head_dim",
     "tie_word_embeddings": "tied_embeddings",
 }
-"""Fields of config.json that determine names and shapes -> those of `Architecture`."""
+"""Fields of config.json that determine names and shapes of weights -> attributes of `Architecture`."""
 
 _OF_HEADS = ("num_key_value_heads", "head_dim")
-"""Those that have no meaning with latent attention; transformers writes other values there than the tensors show."""
+"""Fields without a meaning for latent attention: transformers writes values there that do not match the tensors."""
 
 _LATENT_SIZES = {
     "q_lora_rank": "q_rank",
@@ -37,23 +37,23 @@ _LATENT_SIZES = {
     "qk_rope_head_dim": "rope_dim",
     "v_head_dim": "value_dim",
 }
-"""Further ones with latent attention -> those of `LatentAttention`. A q_lora_rank of null means other tensors, too."""
+"""Further fields for latent attention -> attributes of `LatentAttention`. If q_lora_rank is null, the tensors differ too."""
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
 _SILENT = ("flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4", "triton_kernel")
-"""Kernels that choose experts internally, for which SGLang returns zeros (`layers/moe/topk.py`, 0.5.21). /server_info reports
-what `auto` resolved to: on Blackwell, the first of these."""
+"""Kernels that choose experts internally. SGLang returns zeros as their chosen experts (`layers/moe/topk.py`, 0.5.21).
+/server_info reports the kernel that `auto` resolved to: on Blackwell, the first of these."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What servers will be sent.
+    """The weights that servers will be sent, and what servers must be able to do.
 
     dtype: as torch names it. tp: workers per server that the sync expects; None where it does not matter, as with `disk`.
-    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it must return the chosen experts. tokenizer:
-    whether it must have one, to match stop strings.
+    fp8: whether matrices are sent in FP8, in blocks with scales. routing: whether a server must return the chosen experts.
+    tokenizer: whether it must have a tokenizer, to match stop strings.
     """
 
     architecture: Architecture
@@ -67,18 +67,19 @@ class Expected:
     def of(
         cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False, tokenizer: bool = False
     ) -> Expected:
-        """What the servers of a job will be sent."""
+        """The expectations of a job."""
         return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing, tokenizer)
 
     def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
-        """The first definite mismatch, with both values, else None. What the server does not report counts as a match.
+        """The first definite mismatch, with both values; None if there is none. A field that the server does not report counts
+        as a match.
 
         server, model: JSON of `/server_info` and `/model_info`.
         """
         return next(self._misfits(server, model), None)
 
     def other_dtype(self, server: Mapping[str, Any]) -> str | None:
-        """The server's dtype if it reports one and it is not the job's, else None; it takes the weights all the same."""
+        """The server's dtype if it reports one that is not the job's, else None. It can load the weights in either case."""
         said = server.get("dtype")
         found = _DTYPES.get(said, said) if isinstance(said, str) else "auto"
         return None if found in ("auto", self.dtype) else found
@@ -112,7 +113,7 @@ class Expected:
     def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
         stored = config.get("quantization_config") or {}
         method, blocks = stored.get("quant_method"), stored.get("weight_block_size")
-        # Its arguments do not tell how its checkpoint is quantised: only both together show that it is not.
+        # The server's arguments alone do not tell whether its checkpoint is quantised. Arguments and config.json together do.
         is_plain = file is not None and not stored and server.get("quantization", "unsaid") is None
         if not self.fp8 and method is not None:
             yield f"its quantization_config is of {method}, but sglang.fp8 is false"
@@ -123,7 +124,7 @@ class Expected:
 
 
 def _sizes(architecture: Architecture) -> dict[str, float | None]:
-    """Fields of config.json by which shapes, or the choice and weights of experts, follow."""
+    """Expected values of the fields of config.json that determine shapes, or how experts are chosen and weighted."""
     experts, latent = architecture.experts, architecture.latent
     found = {field: getattr(architecture, name) for field, name in _SIZES.items()}
     if latent is not None:
@@ -143,9 +144,9 @@ def _sizes(architecture: Architecture) -> dict[str, float | None]:
 
 
 def _config(server: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """The config.json that the server was started with, if this machine has it too, and its fields with the server's overrides.
+    """The path of the server's config.json, None if this machine does not have it; its fields with the server's overrides.
 
-    In the server's container the same path may be another file, so one for another kind of model is ignored.
+    The same path in the server's container may be another file, so a file for another kind of model is ignored.
     """
     file, config = None, {}
     path = server.get("model_path")

@@ -1,4 +1,4 @@
-"""Several servers as one: which of them take traffic, and whether a failure is a server's or the request's own."""
+"""Several servers as one: which servers take requests, and whether a server or the request is to blame for a failure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 _Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
 
 _WELL_S = 10.0
-"""Time for a server to show that it is well after a request failed there."""
+"""Seconds in which a server must prove healthy after a request failed there."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to generate. problem: id of its problem; requests without one share a problem if their prompts are equal.
-    cached_at: name of the server that drew the dialogue which it continues, if it does."""
+    """One response to generate. problem: id of its problem; requests without an id share a problem if their prompts are equal.
+    cached_at: if the request continues a dialogue, name of the server that drew that dialogue."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
@@ -41,13 +41,13 @@ class Request:
 
     @property
     def size(self) -> str:
-        """Its size in words."""
+        """Its size, as text for messages."""
         return f"{len(self.prompt_ids)} prompt tokens and up to {self.parameters.max_new_tokens} response tokens"
 
 
 @dataclass(frozen=True)
 class _Asking:
-    """A request under way, with what is needed to handle its failure."""
+    """A request in flight, with what is needed to handle its failure."""
 
     request: Request
     rid: str | None
@@ -56,10 +56,10 @@ class _Asking:
 
 
 class Fleet:
-    """Clients of all servers, and which of them take traffic.
+    """Clients of all servers, and which of the servers take requests.
 
     timeout_s: of one response. hang_timeout_s: for a server to answer a liveness check, see `LivenessMonitor`. router: chooses
-    the server of a request, if there is one.
+    the server of a request; None if there is no router.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Fleet:
     ) -> None:
         self.clients, self.router = list(clients), router
         self.version: str | None = None
-        """Version of the weights that responses must come from; None, before the first sync, allows any."""
+        """Weight version that responses must come from. None, before the first sync, allows any."""
         self.apart: str | None = None
         """The server that the router must not use."""
         self._timeout_s, self._hang_timeout_s = timeout_s, hang_timeout_s
@@ -84,21 +84,21 @@ class Fleet:
 
     @property
     def serving(self) -> list[ServerClient]:
-        """The servers that take traffic, in order."""
+        """The servers that take requests, in order."""
         return [client for client in self.clients if client.name not in self._failed]
 
     @property
     def failed(self) -> dict[str, str]:
-        """Name -> why it takes no traffic."""
+        """Name of each failed server -> why it takes no requests."""
         return dict(self._failed)
 
     @property
     def members(self) -> list[tuple[str, int]]:
-        """Name of each serving server and how often it has rejoined: equal lists mean the same processes."""
+        """Name of each serving server, and how often it has rejoined. Equal lists mean the same server processes."""
         return [(client.name, self._joins[client.name]) for client in self.serving]
 
     def mark_failed(self, client: ServerClient, why: str) -> None:
-        """No more traffic to this server until `rejoin`."""
+        """Send no more requests to this server until `rejoin`."""
         why = why.removeprefix(f"{client.name}: ")
         if client.name not in self._failed:
             logger.warning("%s gets no more requests: %s", client.name, why)
@@ -106,12 +106,12 @@ class Fleet:
         self._marks += 1
 
     def rejoin(self, client: ServerClient) -> None:
-        """Traffic again. The caller ensures that the server has the current weights before the next request."""
+        """Send requests to this server again. The caller ensures that it has the current weights before the next request."""
         if self._failed.pop(client.name, None) is not None:
             self._joins[client.name] += 1
 
     def refuse_if_gone(self) -> None:
-        """Raises EngineGoneError, with each server's reason, when none takes traffic."""
+        """Raises EngineGoneError, with each server's reason, when no server takes requests."""
         if not self.serving:
             reasons = "; ".join(f"{client.name}: {self._failed[client.name]}" for client in self.clients)
             raise EngineGoneError(f"no SGLang server is left: {reasons}")
@@ -126,17 +126,18 @@ class Fleet:
         may_abort: Callable[[], bool] = lambda: False,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient] = lambda others: others[0],
     ) -> Generated:
-        """One response from `client` or, with a router, from the server that it chooses.
+        """One response from `client` or, with a router, from the server that the router chooses. Failures:
 
-        Raises the error after marking the server that failed. A response that was cut off is an error too, unless
-        `may_abort()`, and so is one from other weights, as from a server that somebody restarted. A router does not tell which
-        server failed: those that are not well are marked; if all are well, the router is given up, so that every failure leaves
-        less to fail. What one server refuses goes to another, chosen by `elsewhere`, as those at `sglang.urls` may differ. If
-        it takes the request, the one that refused has failed; if it does not, RefusedError is raised and no server has failed.
-        What is refused through a router goes to `client` directly: the router may have limits of its own.
+        - The request fails at `client`: that server is marked, and ServerError is raised. A response that was cut off, unless
+          `may_abort()`, counts as a failure; so does one from other weights, as after somebody restarted the server.
+        - The request fails behind a router, which does not tell which server failed: unhealthy servers are marked. If all are
+          healthy, the router is given up, so that fewer parts are left that can fail.
+        - `client` refuses the request: it goes to another server, chosen by `elsewhere`, as those at `sglang.urls` may differ.
+          If that server accepts it, `client` is marked; if not, RefusedError is raised, and no server is marked.
+        - It is refused through a router: it goes to `client` directly, because the router may have limits of its own.
+        - The request itself is at fault, see `_failed_at`: GivenUpError is raised.
 
-        failures: of this request so far, one object for all its attempts; it counts the servers that died. Raises GivenUpError
-        when the request itself is at fault, see `_failed_at`.
+        failures: those of this request so far, one object for all its attempts; it also counts the servers that died.
         """
         router, marks = self.router, self._marks
         behind = [one for one in self.serving if one.name != self.apart]
@@ -158,11 +159,13 @@ class Fleet:
             raise
 
     async def _failed_at(self, client: ServerClient, asking: _Asking, error: ServerError) -> None:
-        """Mark the server at which a request failed, unless an exception below applies; the caller repeats the request.
+        """Mark the server at which a request failed, with two exceptions; the caller repeats the request.
 
-        The last server is only marked when it is unreachable or not well. The first time that a request's connection breaks, a
-        server that is well is not marked, and aborts what it may still have of the request. Raises GivenUpError when the
-        request has failed at servers that were well afterwards: it would fail at all the others, too.
+        - The last server is only marked if it is unreachable or unhealthy.
+        - A healthy server is not marked when a connection of this request breaks for the first time; it aborts the request.
+
+        Raises GivenUpError when the request has failed at `_AT_WELL_SERVERS` servers that were healthy afterwards, because it
+        would then fail at all others too.
         """
         failures = asking.failures
         if error.broken and not failures.broke and await self._is_well(client, asking.rid):
@@ -184,7 +187,7 @@ class Fleet:
             raise GivenUpError(f"a request with {asking.request.size} failed {len(failures.said)} times: {said}")
 
     async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: ServerError) -> None:
-        """Mark the servers that are not well, or give up the router. marks: `_marks` when the request began."""
+        """Mark unhealthy servers, or give up the router if all are healthy. marks: `_marks` when the request began."""
         async with self._looking:
             if router.is_up and self._marks == marks:
                 await self.for_all(self._see_that_it_is_well)
@@ -196,7 +199,7 @@ class Fleet:
     async def survives(self, client: ServerClient, request: Request, rid: str) -> bool | None:
         """Whether `client` survives a request that may have killed another server; it is marked if not.
 
-        None: it was not well before, or not reached. Other failures of the request will show when it is repeated.
+        None: the server was unhealthy before, or was not reached. Other errors are ignored: the request is repeated later.
         """
         if not await self._is_well(client):
             self.mark_failed(client, "is not healthy")
@@ -214,7 +217,7 @@ class Fleet:
         return True
 
     async def _is_well(self, client: ServerClient, rid: str | None = None) -> bool:
-        """Whether the server is alive, has the weights and generates, and acknowledges an abort of `rid`."""
+        """Whether the server is alive, has the current weights, generates, and acknowledges an abort of `rid` if given."""
         timeout_s = min(_WELL_S, self._hang_timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -234,7 +237,7 @@ class Fleet:
         rid: str | None,
         may_abort: Callable[[], bool],
     ) -> Generated:
-        """servers: those that may answer."""
+        """One response, checked. servers: those that may answer."""
         with self._liveness.watch(servers):
             reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
         if reply.finish_reason == "abort" and not may_abort():
@@ -244,7 +247,7 @@ class Fleet:
         return reply
 
     async def _ask_past(self, router: Router, client: ServerClient, asking: _Asking, refusal: RefusedError) -> Generated:
-        """Ask `client` directly after a refusal through the router, which is given up if the server takes the request."""
+        """Ask `client` directly after a refusal through the router. If `client` accepts the request, the router is given up."""
         try:
             reply = await asking.answer(client, [client])
         except RefusedError:
@@ -262,7 +265,7 @@ class Fleet:
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient],
         refusal: RefusedError,
     ) -> Generated:
-        """Ask another server after `client` refused. Raises the refusal if the other refuses as well or none is left to ask."""
+        """Ask another server after `client` refused. Raises the refusal if the other server refuses too, or none is left."""
         while others := [one for one in self.serving if one is not client]:
             other = elsewhere(others)
             try:
@@ -277,7 +280,7 @@ class Fleet:
         raise refusal
 
     async def for_all(self, step: Callable[[ServerClient], Awaitable[Any]]) -> bool:
-        """`await step(client)` for every serving server at once. Those for which it raises ServerError take no more traffic.
+        """`await step(client)` for all serving servers concurrently. A server for which it raises ServerError is marked failed.
 
         Returns whether it raised for none.
         """
@@ -293,11 +296,11 @@ class Fleet:
         return all(await asyncio.gather(*map(one, self.serving)))
 
     async def call_all(self, route: str, body: dict[str, Any], *, timeout_s: float) -> bool:
-        """POST to every serving server at once, as `for_all`."""
+        """POST to all serving servers concurrently, as `for_all`."""
         return await self.for_all(lambda client: client.call(route, body, timeout_s=timeout_s))
 
     async def see_that_they_live(self, timeout_s: float) -> None:
-        """Mark serving servers that do not answer, paused or not."""
+        """Mark serving servers that do not answer. Paused servers answer too."""
         await self.for_all(lambda client: self._see_that_it_lives(client, timeout_s))
 
     async def _see_that_it_lives(self, client: ServerClient, timeout_s: float) -> None:
@@ -311,5 +314,5 @@ class Fleet:
             raise ServerError(f"{client.name}: has weights of version {found} instead of {self.version}")
 
     async def abort_all(self, timeout_s: float) -> bool:
-        """Have serving servers cut off all their requests; as `for_all`."""
+        """Have serving servers abort all their requests; as `for_all`."""
         return await self.call_all("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)

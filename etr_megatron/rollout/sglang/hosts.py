@@ -1,4 +1,4 @@
-"""The servers of one machine, managed by the process that starts them there."""
+"""The servers of one machine, managed by the process on that machine that starts them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _MOST_BYTES = 1 << 16
 
 
 class Started(NamedTuple):
-    """Where a server listens, and why it does not serve, if it does not. port_taken: another start may succeed."""
+    """Result of a server's start: its URL, and why it does not serve (None if it does). port_taken: another process had taken
+    its port, so another start may succeed."""
 
     url: str
     problem: str | None
@@ -35,7 +36,7 @@ class Started(NamedTuple):
 
 
 STARTS = 3
-"""Attempts, each at another port, before a server is given up whose ports other processes had taken."""
+"""Number of starts, each at another port, after which a server is given up if other processes took its port every time."""
 
 
 class Machine(ABC):
@@ -49,12 +50,12 @@ class Machine(ABC):
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
         """Start or restart those of these servers that belong to this machine; wait until each answers or has failed.
 
-        attempt: name of this start, for servers that span machines. Raises UserError when the interpreter does not exist,
-        StopAskedError when `must_stop()` becomes true.
+        attempt: unique name of this start, for servers that span machines. Raises UserError when the interpreter does not
+        exist, StopAskedError when `must_stop()` becomes true.
         """
 
     def _stop_to_start(self, names: Iterable[str]) -> None:
-        """Stop those of these servers that run; tell what those that run no more have died of."""
+        """Stop those of these servers that run. Log the last output of those that have ended by themselves."""
         for name in names:
             process = self._processes.get(name)
             if process is not None and process.is_lost:
@@ -93,7 +94,7 @@ class Host(Machine):
         """starts: attempts left, including this one."""
         process = self._processes[name]
         while process.is_running:
-            answers = is_ours(process)  # asked at least once, even if the others took all of the time
+            answers = is_ours(process)  # asked at least once, even if the servers before it used up all of the time
             if answers:
                 self._keep_share(name)
                 return Started(process.url, None)
@@ -105,23 +106,23 @@ class Host(Machine):
                 break
             time.sleep(POLL_S)
         if process.is_running:
-            process.stop()  # it would be unused and, if colocated, hold memory that the ranks need
+            process.stop()  # it will not be used, and if colocated, it would hold memory that the ranks need
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
         process.stop()
-        # Not in the last words: SGLang first waits for its own request to whoever took the port, and reports that.
+        # Search all output, not only its end: SGLang goes on to send its own warm-up request to whoever took the port.
         if starts > 1 and "address already in use" in process.said().lower():
             return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{process.last_words()}")
 
     def _keep_share(self, name: str) -> None:
-        """Have a colocated server whose share SGLang chose get the same one when it is started again, with ranks beside it."""
+        """If SGLang chose a colocated server's memory fraction, keep it for restarts, when the ranks hold memory too."""
         command = self._commands[name]
         if command.shares_gpus and command.memory is None:
             self._commands[name] = replace(command, memory=_share_of(self._processes[name]))
 
     def _move(self, name: str, must_stop: MustStop, starts: int) -> Started:
-        """Restart a server at another port, as another process has taken its own."""
+        """Restart a server at another port, because another process has taken its port."""
         process = self._processes[name]
         process.stop()
         if starts <= 1:
@@ -132,22 +133,22 @@ class Host(Machine):
 
 
 def _asked(url: str, headers: Mapping[str, str] | None = None) -> AbstractContextManager[httpx.Response]:
-    """GET without the proxies that the environment may name, as for all requests to servers."""
+    """GET without proxies from environment variables; no request to a server uses these."""
     return httpx.stream("GET", url, timeout=_ASK_S, headers=headers, trust_env=False)
 
 
 def _answers(url: str) -> bool:
     try:
-        with _asked(f"{url}/health") as reply:  # streamed: a body that never ends is not waited for
+        with _asked(f"{url}/health") as reply:  # streamed, so that an endless body does not block
             return reply.status_code == 200
     except httpx.HTTPError:
         return False
 
 
 def is_ours(process: ServerProcess) -> bool | None:
-    """Whether the process that answers at its port is the server that was started, by an identity that only this one has.
+    """Whether the process that answers at the server's port is the one that was started, by an identity unique to this start.
 
-    A server that cannot report its identity is trusted. None: nothing answers yet, or it is undecided, so it is asked again.
+    A server that cannot report an identity is trusted. None: nothing answers yet, or the answer does not tell; ask again.
     """
     if not _answers(process.url):
         return None
@@ -171,13 +172,13 @@ def _says_its_version(process: ServerProcess) -> bool | None:
 
 
 def _share_of(process: ServerProcess) -> float | None:
-    """The `--mem-fraction-static` that a server reports, whether or not it was given one."""
+    """The `--mem-fraction-static` that a server reports, even if it was started without this argument."""
     found = re.search(rb'"mem_fraction_static":\s*(0?\.\d+)', _said(process, "/server_info") or b"")
     return float(found[1]) if found else None
 
 
 def _said(process: ServerProcess, route: str) -> bytes | None:
-    """The start of a server's reply; None if there is none yet."""
+    """The first bytes of a server's reply; None if it does not answer yet."""
     said, end = b"", time.monotonic() + _ASK_S
     try:
         with _asked(f"{process.url}{route}", process.headers) as reply:
@@ -185,7 +186,7 @@ def _said(process: ServerProcess, route: str) -> bytes | None:
                 return None
             for piece in reply.iter_bytes():
                 said += piece
-                if len(said) > _MOST_BYTES or time.monotonic() > end:  # another process may send without end
+                if len(said) > _MOST_BYTES or time.monotonic() > end:  # another process may send an endless body
                     break
     except httpx.HTTPError:
         return None

@@ -1,4 +1,4 @@
-"""The servers of a job, as all its ranks see them: where they run, and their start and stop by the ranks of their machines."""
+"""The servers of a job as seen by all its ranks: where they run, and how the ranks of their machines start and stop them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from etr_megatron.rollout.sglang.server_nodes import ServerNodes
 logger = logging.getLogger(__name__)
 
 _MEETING_S = 60.0
-"""Time for ranks to meet after servers have started."""
+"""Seconds for ranks to reach the collective that follows the start of servers."""
 
 
 class JobServers:
-    """One object per rank. Servers are started by rank 0, by the first rank of every node or on dedicated nodes; those at
-    `sglang.urls` already run, and are named here alone."""
+    """One object per rank. Servers are started by rank 0, by the first rank of every node or on dedicated nodes. Servers at
+    `sglang.urls` already run; here they only get names."""
 
     names: list[str]
-    """Of all servers, in order."""
+    """Names of all servers, in order."""
     api_key: str | None
-    """Of those that the job starts; None if they require none."""
+    """API key of the servers that the job starts; None if they require none."""
     own_address: str
-    """At which servers reach rank 0."""
+    """Address at which servers reach rank 0."""
     hosts: dict[int, list[str]]
-    """Rank -> names of the servers that it starts, or starts its machine's part of, in the order of the machines."""
+    """Rank -> names of the servers that it starts, or of which it starts its machine's part, in the order of the machines."""
 
     def __init__(
         self, config: SglangConfig, setting: ServerSetting, nodes: ServerNodes | None = None, *, must_stop: MustStop = never
     ) -> None:
-        """A collective, which starts nothing yet. setting: without a key. nodes: on rank 0, if there are dedicated nodes.
+        """A collective; starts no server yet. setting: without an API key. nodes: on rank 0, if there are dedicated nodes.
 
         Raises UserError on every rank when a machine cannot have its servers, and StopAskedError when `must_stop()` becomes
         true on a rank that waits for dedicated nodes.
@@ -57,8 +57,8 @@ class JobServers:
         self.own_address = on_rank0(lambda: own_address_of(config, addresses))
         parts = dict(zip(addresses, parts_of(self.names, len(addresses), config), strict=True))
         self.hosts = {rank: own for rank, (own, _) in parts.items()}
-        # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
-        # have only a collective's time.
+        # A gloo group for the wait until servers have started. With NCCL, ranks would wait in GPU kernels, in competition with
+        # servers on their GPUs, and only for the timeout of a collective.
         longest = datetime.timedelta(seconds=STARTS * startup_timeout_of(config) + _MEETING_S)
         self._starters = dist.new_group(backend="gloo", timeout=longest)
         store, setting = job_store(), setting._replace(api_key=self.api_key)
@@ -69,9 +69,9 @@ class JobServers:
         )
 
     def start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Have their machines start or restart these servers; a collective. Raises as `together`.
+        """Have the servers' machines start or restart them. A collective; raises as `together`.
 
-        Those that span nodes are started again by all of these if another process had taken a port of theirs.
+        A server that spans nodes is started again on all its nodes if another process had taken one of its ports.
         """
         found = self._start_once(names, must_stop)
         for attempt in range(2, STARTS + 1):
@@ -81,12 +81,12 @@ class JobServers:
                 logger.warning("%s: %s (%s)", ", ".join(again), what, found[again[0]].problem)
             if again:
                 found |= self._start_once(again, must_stop)
-        if self._config.nodes_per_server > 1:  # a part may have failed when others had already heard that all are there
+        if self._config.nodes_per_server > 1:  # a part may fail after others saw the server complete
             self.stop([name for name, one in found.items() if one.problem is not None])
         return found
 
     def _start_once(self, names: Sequence[str], must_stop: MustStop) -> dict[str, Started]:
-        if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
+        if self._config.dedicated_nodes:  # waiting for a node that hangs may exceed a collective's timeout
             return on_rank0(lambda: of_rank0(self._nodes).start(names, must_stop), long=True)
         attempt = on_rank0(lambda: secrets.token_hex(8))
         machine, group = self._machine, self._starters

@@ -1,4 +1,4 @@
-"""Detects servers that hang while requests wait for them, before these run into their own long timeout."""
+"""Detects servers that hang while requests wait for them, long before those requests time out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LOOKS = 4
 
 
 class LivenessMonitor:
-    """While requests wait, checks that their servers are alive; one that does not answer for `timeout_s` is dead.
+    """While requests wait, checks that their servers are alive. A server that does not answer for `timeout_s` counts as dead.
 
-    on_dead(client, why) is called before the requests that wait for that server are cut off. Everything here runs in the event
-    loop of the clients. A busy server answers between two batches, so `timeout_s` must be longer than the longest batch takes.
+    on_dead(client, why) is called before the requests that wait for that server are cancelled. Everything here runs in the
+    event loop of the clients. A busy server answers only between two batches, so `timeout_s` must be longer than any batch.
     """
 
     def __init__(self, timeout_s: float, on_dead: Callable[[ServerClient, str], None]) -> None:
@@ -28,7 +28,7 @@ class LivenessMonitor:
 
     @contextmanager
     def watch(self, clients: Sequence[ServerClient]) -> Iterator[None]:
-        """The block waits for one of these servers (if there are several, for the one that a router chooses).
+        """Watch these servers while the block waits for one of them. There are several if a router chooses the server.
 
         Raises ServerError when one of them is dead, and RuntimeError when the checks themselves failed.
         """
@@ -41,7 +41,7 @@ class LivenessMonitor:
             yield
         except asyncio.CancelledError:
             error = self._cut.get(task)
-            # As in asyncio.timeout: turn our own cancellation into an error, unless somebody else cancelled the task as well.
+            # As in asyncio.timeout: turn our own cancellation into an error, unless somebody else cancelled the task too.
             if error is not None and task.uncancel() == 0:
                 raise error from error.__cause__
             raise
@@ -61,7 +61,7 @@ class LivenessMonitor:
                 for client, lives in zip(clients.values(), alive, strict=True):
                     if not lives:
                         self._give_up(client)
-        except Exception as error:  # without checks, requests could wait for a server that hangs until their own timeout
+        except Exception as error:  # fail at once: without checks, requests to a hanging server would wait until they time out
             self._looking = None
             for task in self._waiting:
                 failure = RuntimeError("the liveness checks of servers failed")
@@ -69,7 +69,7 @@ class LivenessMonitor:
                 self._cut_off(task, failure)
 
     async def _lives(self, client: ServerClient) -> bool:
-        """Whether the server answers within the time; a reset connection or a wrong answer alone does not mean it is dead."""
+        """Whether the server answers within the timeout. Retries after a reset connection or a wrong answer."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._timeout_s
         while (left := end - loop.time()) > 0:

@@ -1,4 +1,4 @@
-"""What a machine needs to have its servers, on a node that trains or one for servers alone."""
+"""Creates the `Machine` of a node: a node that trains, or a node for servers alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from etr_megatron.rollout.sglang.parts import SpanningServers
 
 
 class ServerSetting(NamedTuple):
-    """What servers are started with besides the config. folder: for the servers' files, visible to all nodes. routing: whether
-    they must return the chosen experts. tokenizer: whether they need one."""
+    """Settings of the servers that are not in the config. folder: for the servers' files, visible to all nodes. routing:
+    whether servers must return the chosen experts. tokenizer: whether they need a tokenizer."""
 
     model_dir: str
     dtype: str
@@ -31,9 +31,9 @@ class ServerSetting(NamedTuple):
 def machine_of(
     config: SglangConfig, names: Sequence[str], part: int, address: str, setting: ServerSetting, store: dist.Store
 ) -> Machine:
-    """This machine's servers, or its part, number `part`, of those that span nodes.
+    """The servers of this machine; if servers span nodes, this machine's part of them, which has number `part`.
 
-    store: of the job. Raises UserError when the machine has too few GPUs for them.
+    store: of the job. Raises UserError when the machine has too few GPUs for the servers.
     """
     folder = Path(setting.folder)
     commands = {

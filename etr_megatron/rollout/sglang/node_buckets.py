@@ -1,4 +1,4 @@
-"""Buckets of a weight sync in the shared memory of every machine that has servers of the job, not only of rank 0's."""
+"""Puts the buckets of a weight sync into the shared memory of every machine that runs servers of the job."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from etr_megatron.weights.transport.wire import Part, Wire
 logger = logging.getLogger(__name__)
 
 _MOST_AS_TEXT = 4 << 30
-"""Bytes of weights that may go to servers as text, which they read at some 30 MB/s, once for each worker."""
+"""Most bytes of weights that may be sent to servers as text. A server reads text at about 30 MB/s, once for each worker."""
 
 
 def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, bucket_bytes: int) -> None:
-    """Raise UserError on a machine without shared memory for the buckets of a model that is too large to be sent as text."""
+    """Raise UserError if this machine has no shared memory for the buckets, and the model is too large to be sent as text."""
     sizes = [group.nbytes for group in groups_of(weights_of(arch), dtype, fp8_block, bucket_bytes)]
     needed, total = SEGMENTS * max(sizes), sum(sizes)
     if total > _MOST_AS_TEXT and not has_room(needed):
@@ -35,11 +35,11 @@ def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, 
 
 
 class NodeBuckets:
-    """Sends buckets from rank 0 to the ranks that started servers, which reply where their servers find them. One per rank.
+    """Sends buckets from rank 0 to the ranks that started servers; these reply with handles for their servers. One per rank.
 
     Segments are reused from sync to sync, even when the wire is replaced. hosts: rank -> names of the servers on its machine,
     in the order of the machines that a server spans, the same on all ranks; if empty, nothing is shared. here: workers of a
-    server on each of its machines. workers: on all of them.
+    server on each of its machines. workers: those on all its machines.
     """
 
     def __init__(self, hosts: Mapping[int, Sequence[str]], here: int, workers: int) -> None:
@@ -49,8 +49,8 @@ class NodeBuckets:
         self._largest = 0
         self._warned: set[int] = set()
         self.serving: Collection[str] = ()
-        """Servers that take part in the sync, the same on all ranks. Others get no handles: unread ones keep a segment.
-    (So do those for a server that spans machines of which one has no room.)"""
+        """Servers that take part in the sync, the same on all ranks. Other servers get no handles, because a handle that is not
+        read keeps its segment. (This happens to servers that span machines if one of the machines has no room.)"""
 
     def open(self, wire: Wire, largest: int) -> None:
         """Connect the hosts; a collective of the wire. largest: bytes of the largest bucket. Raises SyncError."""
@@ -69,8 +69,8 @@ class NodeBuckets:
     def share(self, fields: Sequence[Field], nbytes: int, flat: Tensor | None) -> dict[str, list[str]]:
         """On rank 0, server -> handles for its workers to the bucket `flat` (uint8 [nbytes], None on other ranks).
 
-        Servers must have answered the bucket before the previous one. Those of a machine without room are left out, with one
-        warning. Raises SyncError.
+        Servers must have answered the bucket before the previous one. The servers of a machine without room get no handles, and
+        a warning is logged once. Raises SyncError.
         """
         wire = self._wire
         if wire is None or self._part.group is None:
@@ -93,7 +93,7 @@ class NodeBuckets:
         return {name: handles for name, handles in found.items() if len(handles) == self._workers}
 
     def _put(self, wire: Wire, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
-        """Handles for the servers of this machine, or the problem that prevents them."""
+        """Server -> handles, for the servers of this machine; and the problem that prevents it, "" if there is none."""
         names = [name for name in self._hosts.get(wire.rank, ()) if name in self.serving]
         try:
             return (self._buckets.put(fields, flat, names, self._largest) if names else {}), ""
@@ -101,13 +101,13 @@ class NodeBuckets:
             return {}, str(error)
 
     def _tell(self, wire: Wire, own: tuple[dict[str, list[str]], str]) -> None:
-        """Send what `_put` returned here to rank 0."""
+        """Send this rank's result of `_put` to rank 0."""
         text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8).to(wire.device)
         for part in (torch.tensor([len(text)], device=wire.device), text):
             wire.wait(wire.exchange([(part, 0)], []))
 
     def _hear(self, wire: Wire, ranks: Sequence[int]) -> dict[int, tuple[dict[str, list[str]], str]]:
-        """Receive what these ranks `_tell`."""
+        """Receive the results that these ranks send with `_tell`."""
         sizes = [torch.empty(1, dtype=torch.int64, device=wire.device) for _ in ranks]
         wire.wait(wire.exchange([], list(zip(sizes, ranks, strict=True))))
         texts = [torch.empty(int(size), dtype=torch.uint8, device=wire.device) for size in sizes]

@@ -1,8 +1,8 @@
-"""Servers that span several nodes: each node starts its part of one, and none waits in vain for another that failed.
+"""Servers that span several nodes: each node starts its part of a server, and stops waiting when another part has failed.
 
-A part is SGLang's process on one node. The first, the head, answers requests; the others only compute. Parts find each other at
-an address of the head's machine, where another process may take the port before the head binds it, as with every server's port
-(see `free_port`): then all parts are started again.
+A part is SGLang's process on one node. Part 0, the head, answers requests; the others only compute. Parts find each other at an
+address of the head's machine. As with every server's port (see `free_port`), another process may take the port of this address
+before the head binds it: then all parts are started again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from etr_megatron.rollout.sglang.hosts import POLL_S, Machine, Started, is_ours
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port, is_listened_to, share_of_free
 
 LATE_S = 30.0
-"""By how much longer the other parts wait than the head, which knows more of why it does not answer."""
+"""Seconds that the other parts wait longer than the head, because the head can report better why the server does not answer."""
 
 
 class Rendezvous:
-    """What the parts of a server tell each other during one start of it.
+    """Messages between the parts of a server during one start of it.
 
-    store: of the job, with the same prefix on all nodes. attempt: the start's name; keys stay, so it must be new.
+    store: of the job, with the same prefix on all nodes. attempt: name of the start. It must be unique: keys are never deleted.
     """
 
     def __init__(self, store: dist.Store, attempt: str, server: str) -> None:
@@ -36,7 +36,7 @@ class Rendezvous:
         self._store = dist.PrefixStore(f"{attempt}/{server}", store)
 
     def arrive(self, part: int, share: float | None) -> None:
-        """Part number `part` is there, and needs this `--mem-fraction-static`, if any."""
+        """Announce part number `part`. share: the `--mem-fraction-static` that it needs; None if it needs none."""
         self._store.set(f"part {part}", json.dumps(share))
 
     def missing(self, parts: int) -> list[int]:
@@ -44,41 +44,44 @@ class Rendezvous:
         return [part for part in range(parts) if not self._store.check([f"part {part}"])]
 
     def share(self, parts: int) -> float | None:
-        """The share that all parts take, once none is missing. SGLang counts it by the least free memory of all GPUs of a
-        server, and each of its ranks by its own argument: different ones would have caches of different sizes."""
+        """The `--mem-fraction-static` for all parts, once none is missing; None if none was announced.
+
+        Every rank of a server applies its own argument to the least free memory of all the server's GPUs. With different
+        arguments, ranks would have caches of different sizes.
+        """
         shares = [json.loads(self._store.get(f"part {part}")) for part in range(parts)]
         return max((share for share in shares if share is not None), default=None)
 
     def invite(self, address: str) -> None:
-        """The head: where the parts meet, as host:port."""
+        """Called by the head: publish the address, host:port, at which the parts find each other."""
         self._store.set("address", address)
 
     @property
     def address(self) -> str | None:
-        """What the head has said, if it has."""
+        """The address that the head has published; None before that."""
         return self._store.get("address").decode() if self._store.check(["address"]) else None
 
     def complete(self) -> None:
-        """The head: the server answers, which it does only when all parts are there."""
+        """Called by the head when the server answers, which it does only when all parts run."""
         self._store.set("complete", "")
 
     @property
     def is_complete(self) -> bool:
-        """Whether the head has said so."""
+        """Whether the head has called `complete`."""
         return bool(self._store.check(["complete"]))
 
     def fail(self) -> None:
-        """A part has failed."""
+        """Called by a part that has failed."""
         self._store.set("failed", "")
 
     @property
     def has_failed(self) -> bool:
-        """Whether a part has said so."""
+        """Whether a part has called `fail`."""
         return bool(self._store.check(["failed"]))
 
 
 def merged(of_nodes: Iterable[Mapping[str, Started]]) -> dict[str, Started]:
-    """Server -> its state, from the states of its parts on all nodes: the head's address, or all problems."""
+    """Server -> its state, combined from the states of its parts on all nodes: the head's URL, and the problems of all."""
     parts: dict[str, list[Started]] = {}
     for started in of_nodes:
         for name, one in started.items():
@@ -94,17 +97,17 @@ def merged(of_nodes: Iterable[Mapping[str, Started]]) -> dict[str, Started]:
 
 
 class SpanningServers(Machine):
-    """The parts of servers on one machine, at most one of each. store: of the job, for this thread alone."""
+    """The parts of servers on one machine, at most one part per server. store: of the job, on a connection of its own."""
 
     def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float, store: dist.Store) -> None:
         super().__init__(commands, logs, startup_timeout_s)
         self._store = store
 
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
-        """See `Machine.start`. All nodes of a server must be asked, with the same `attempt`, new for each call.
+        """See `Machine.start`. Must be called on all nodes of a server, with the same `attempt`, which is new for each start.
 
-        Each returns the state of its own part, see `merged`: "" as address of all but the head, and no problem for a part that
-        was stopped because another failed.
+        Returns the state of this machine's part, see `merged`. The URL is "" for all parts but the head. A part that was
+        stopped because another one failed has no problem.
         """
         own = [name for name in names if name in self._commands]
         deadline = time.monotonic() + self._timeout_s
@@ -138,7 +141,7 @@ class SpanningServers(Machine):
         if command.part == 0:
             rendezvous.invite(f"{command.host}:{free_port(command.host)}")
         while True:
-            # What it died of comes first, even if that has killed another part, too.
+            # The part's own error comes first, even if another part has failed too.
             if process is not None and (found := self._state(process, command, rendezvous)) is not None:
                 return found
             if rendezvous.has_failed:
@@ -161,7 +164,7 @@ class SpanningServers(Machine):
         return process
 
     def _state(self, process: ServerProcess, command: ServerCommand, rendezvous: Rendezvous) -> Started | None:
-        """What has become of a part; None while it starts."""
+        """Result of a part's start; None while it starts."""
         if not process.is_running:
             taken = "address already in use" in process.said().lower()
             what = f"{self._called(process.name)} ended while it started; its log, {process.log}, ends:\n{process.last_words()}"
@@ -181,7 +184,7 @@ class SpanningServers(Machine):
         return f"{what}; its logs are {log} and, of other nodes, {log.with_stem(log.stem + '_node_*')}"
 
     def _called(self, name: str) -> str:
-        """A server's name, with the node of this part of it, numbered as its processes are told."""
+        """The server's name, with the number and host of this part, as in the arguments of its process."""
         command = self._commands[name]
         return f"{name} (its --node-rank {command.part} of --nnodes {command.parts}, {command.host})"
 

@@ -1,4 +1,4 @@
-"""Where the servers of a job run: which ranks start some, at which addresses."""
+"""Where the servers of a job run: which ranks start servers, and at which addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from etr_megatron.config import SglangConfig
 
 
 def addresses_of(config: SglangConfig) -> dict[int, str]:
-    """Rank -> address of its servers, for the ranks that start some; a collective."""
+    """Rank -> address of its servers, for the ranks that start servers. A collective."""
     if config.urls or config.dedicated_nodes:
         return {}
     if config.nodes == "first":
@@ -25,14 +25,14 @@ def addresses_of(config: SglangConfig) -> dict[int, str]:
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     hosts = {rank: address for rank, address in enumerate(found) if address is not None}
-    # Rank 0 reaches itself by loopback, which is of no use to the others.
+    # Rank 0's route to itself is loopback, which other nodes cannot reach.
     if 0 in hosts and len(hosts) > 1 and not all(map(is_loopback, hosts.values())):
         hosts[0] = _reachable(hosts[0], next(one for one in hosts.values() if not is_loopback(one)))
     return hosts
 
 
 def parts_of(names: Sequence[str], nodes: int, config: SglangConfig) -> list[tuple[list[str], int]]:
-    """For each node that has servers: names of its servers, and the number of its part of one that spans nodes."""
+    """For each node that runs servers: the names of its servers, and the number of its part if they span nodes, else 0."""
     span, each = config.nodes_per_server, config.servers
     return [(list(names[node // span * each : (node // span + 1) * each]), node % span) for node in range(nodes)]
 
@@ -43,7 +43,7 @@ def _reachable(own: str, other: str) -> str:
 
 
 def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
-    """The address at which servers and ranks of other nodes reach rank 0; valid only there. addresses: see `addresses_of`."""
+    """The address at which servers and ranks of other nodes reach rank 0. Call it on rank 0. addresses: see `addresses_of`."""
     if config.host is not None:
         return config.host
     if away := hosts_away(config.urls):
@@ -53,15 +53,15 @@ def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
 
 
 def hosts_away(urls: Iterable[str]) -> list[str]:
-    """The hosts of these addresses that are not this machine's loopback interface."""
+    """Hosts of these URLs that are not this machine's loopback interface."""
     return [host for host in (urlsplit(url).hostname or "" for url in urls) if not is_loopback(host)]
 
 
 def new_key(addresses: Iterable[str]) -> str | None:
-    """An API key; None if only this machine can reach the servers.
+    """A new API key; None if only this machine can reach the servers.
 
-    Hexadecimal: SGLang appends what it reads from a file to its command line, where a key that starts with a dash, as 1 in 64
-    does in base64, would be taken for an option.
+    The key is hexadecimal, because SGLang appends the contents of its config file to its command line. A key that starts with a
+    dash, as 1 in 64 base64 keys does, would be taken for an option.
     """
     return None if all(map(is_loopback, addresses)) else secrets.token_hex(32)
 

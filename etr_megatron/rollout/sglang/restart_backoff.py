@@ -1,4 +1,4 @@
-"""When failed servers are brought back: at the next weight sync, with exponential backoff for one that keeps failing."""
+"""Decides when failed servers are brought back: at the next weight sync, with exponential backoff if they keep failing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LONGEST = 32
 class RestartBackoff:
     """Decides which failed servers are brought back at a weight sync.
 
-    All ranks wait while a server starts, and in a sync that it fails at, in vain if it fails again. So its next attempt is 2,
-    then 4, 8, ... syncs later. Once it has served for as long as its last pause, its failures are forgotten. names: of all
-    servers.
+    All ranks wait while a server starts, and in a sync at which it fails. To limit this cost, a server's next attempt is 2,
+    then 4, 8, ... syncs after the last. Once a server has served for as long as its last pause, its failures are forgotten.
+    names: of all servers.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -24,10 +24,10 @@ class RestartBackoff:
         self._before: dict[str, tuple[int, int]] = {}
 
     def due(self, failed: Collection[str]) -> list[str]:
-        """The servers to bring back. Call once per sync, and again in one that has lost all; each returned server counts as
-        attempted. failed: those not serving.
+        """The servers to bring back; each of them counts as attempted. failed: the servers that do not serve.
 
-        When no server serves, all are due, as there is nothing to lose.
+        Call this once per sync, and once more in a sync that has lost all servers. When no server serves, all are due, because
+        the run cannot go on without one.
         """
         found = []
         for name in self._names:
@@ -45,5 +45,5 @@ class RestartBackoff:
         return found
 
     def do_not_count(self, name: str) -> None:
-        """Do not count the last attempt from `due`, which was no more than a health check: the next sync may repeat it."""
+        """Do not count the last attempt from `due`, because it was only a health check, which the next sync may repeat."""
         self._attempts[name], self._pause[name] = self._before[name]

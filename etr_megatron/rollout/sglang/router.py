@@ -1,8 +1,8 @@
-"""SGLang's router in front of the servers, only for generation: prompts with a common prefix go where that is cached.
+"""SGLang's router in front of the servers, for generation only. It sends prompts to servers that have their prefix cached.
 
-The fleet decides which servers there are: the router's own health checks, retries and circuit breakers are off. Weight syncs,
-aborts and health checks go to the servers directly. The API is that of sglang-router 0.3: `/workers`, where servers are added
-(POST) and removed (DELETE `/workers/ID`) asynchronously.
+The fleet decides which servers the router uses: the router's own health checks, retries and circuit breakers are off. Weight
+syncs, aborts and health checks go to the servers directly. The API is that of sglang-router 0.3: at `/workers` servers are
+added (POST) and removed (DELETE `/workers/ID`) asynchronously.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _POLL_S = 0.05
 
 
 class Router:
-    """A router process on rank 0's machine, and the servers that it knows. `client` generates through it.
+    """A router process on rank 0's machine, and the list of its servers. `client` sends requests to the router.
 
-    http: the fleet's. api_key: the servers', to whom the router passes it on. logs: directory for its output.
+    http: the fleet's client. api_key: the servers' key, which the router sends to them. logs: directory for its output.
     """
 
     def __init__(self, config: SglangConfig, http: httpx.AsyncClient, *, api_key: str | None, logs: Path) -> None:
@@ -80,7 +80,7 @@ class Router:
         self.is_up = False
 
     async def leads_to(self, urls: Iterable[str]) -> bool:
-        """Whether requests can go through it, to exactly these servers; updates it with those that came or went."""
+        """Whether requests can go through the router to exactly these servers. Adds and removes servers first if necessary."""
         wanted = frozenset(urls)
         if self.is_up and self._told != wanted:
             async with self._lock:
@@ -92,7 +92,7 @@ class Router:
         return self.is_up
 
     async def _tell(self, wanted: frozenset[str]) -> None:
-        """Add and remove servers until it has exactly these. Raises ServerError when it does not do so in time."""
+        """Add and remove servers until the router has exactly these. Raises ServerError if it does not within the timeout."""
         for url in self._ids.keys() - wanted:
             await self._ask("DELETE", f"/workers/{self._ids.pop(url)}")
         key = {"api_key": self._key} if self._key else {}
@@ -130,8 +130,8 @@ class Router:
 
 
 def _workers_of(reply: dict[str, Any]) -> tuple[dict[str, str], int]:
-    """Ids of the healthy workers by URL, and the number of all, from the reply to `GET /workers`. Raises ServerError for a
-    reply of another form, as of another version."""
+    """Ids of the healthy workers by URL, and the number of all workers, from the reply to `GET /workers`. Raises ServerError
+    for a reply of another form, as from another version."""
     try:
         workers = reply["workers"]
         return {str(worker["url"]): str(worker["id"]) for worker in workers if worker["is_healthy"]}, len(workers)

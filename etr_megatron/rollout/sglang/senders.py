@@ -1,4 +1,4 @@
-"""The part of a weight sync in which all ranks join: how the policy's shards get to the servers, by `sglang.sync`."""
+"""The part of a weight sync in which all ranks take part: sends the policy's shards to the servers, as `sglang.sync` says."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 def at_servers(body: Callable[[], T]) -> T:
-    """Run `body`, rank 0's work at the servers, and return its result on every rank, or raise its exception. A collective.
+    """Run `body`, rank 0's requests to the servers; return its result, or raise its exception, on every rank. A collective.
 
-    The others wait as for `on_rank0` with `long`: the servers' own deadlines, which may add up to more than a collective's,
-    come first, as only their errors name the server.
+    The other ranks wait as in `on_rank0` with `long`, because the timeouts of the requests may add up to more than a
+    collective's timeout. The requests must time out first: only their errors name the server.
     """
     return on_rank0(body, long=True)
 
@@ -36,9 +36,9 @@ class Sender(Protocol):
     """One object per rank. `send` is a collective, within a transaction."""
 
     def send(self, weights: WeightSource, version: int) -> None:
-        """Send a version to the serving servers; those that do not get all of it are marked.
+        """Send a version to the serving servers. A server that does not get all of it is marked failed.
 
-        Raises EngineGoneError when none is left, SyncError naming ranks that are missing or failed, both on every rank.
+        Raises on every rank: EngineGoneError when no server is left, SyncError naming ranks that are missing or failed.
         """
         ...
 
@@ -49,9 +49,9 @@ class Sender(Protocol):
 
 @dataclass(frozen=True)
 class SendSettings:
-    """Settings of all senders. dtype: of what is sent unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait.
+    """Settings of all senders. dtype: of tensors sent unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait.
 
-    checksums: compare what arrived with its source; only `sharded` does.
+    checksums: compare the received tensors with their source; only `sharded` does.
     """
 
     arch: Architecture
@@ -68,9 +68,9 @@ class SendSettings:
 
 
 class SendQueue:
-    """Hands buckets to the loop's thread, one at a time: the next is gathered while one is sent.
+    """Passes buckets to the event loop's thread, one at a time. The next bucket is gathered while one is sent.
 
-    post: starts to deliver a bucket. Errors are raised only by `flush`: gathering is a collective, which has to go on.
+    post: starts to deliver a bucket. Only `flush` raises errors, because gathering is a collective, which has to go on.
     """
 
     def __init__(self, post: Callable[[Bucket], Future[None]]) -> None:
@@ -79,7 +79,7 @@ class SendQueue:
         self._error: BaseException | None = None
 
     def put(self, bucket: Bucket) -> None:
-        """Wait until the previous bucket is delivered, then start with this one; after a failure it is dropped."""
+        """Wait until the previous bucket is delivered, then start to deliver this one. After a failure it is dropped."""
         self._wait()
         if self._error is None:
             self._travelling = self._post(bucket)
@@ -98,13 +98,14 @@ class SendQueue:
 
 
 _PATIENCE = 3.0
-"""Timeouts that ranks wait for rank 0 before a bucket: it may have to wait for a server that hangs, find it and go on."""
+"""Ranks wait this multiple of the timeout for rank 0 before a bucket: rank 0 may have to wait for a server that hangs, find
+out which one it is, and go on with the others."""
 
 
 class WholeTensors(Transport):
-    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `queue`; the other ranks have none.
+    """Gathers HF tensors bucket by bucket on rank 0, which puts them into `queue`. On other ranks `queue` is None.
 
-    shared: where servers find a bucket on their own machine.
+    shared: puts buckets into the shared memory of the servers' machines.
     """
 
     def __init__(self, source: TrainingLayout, settings: SendSettings, queue: SendQueue | None, shared: NodeBuckets) -> None:
@@ -126,13 +127,14 @@ class WholeTensors(Transport):
             flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
             self._gather.run(number, sources, (group, flat))
             if flat.is_cuda:
-                torch.cuda.synchronize()  # it is sent from another thread
-            # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
+                torch.cuda.synchronize()  # another thread sends it
+            # Servers may still read the previous bucket, but not the one before it: the last `put` waited for that.
             self._queue.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
         self._follow("last bucket's delivery")
 
     def _follow(self, phase: str) -> None:
-        """Wait for rank 0 to get here: a rank that holds nothing of the buckets would otherwise wait for all at the end."""
+        """Wait until rank 0 has reached this phase. A rank that holds no part of the buckets would otherwise run ahead, and
+        wait for all of them at the end."""
         self.wire.board.follow_rank0(phase, self._longest_wait_s)
 
     def close(self) -> None:
@@ -189,12 +191,13 @@ class WholeSender:
 
 
 class DiskSender:
-    """`disk`. directory: visible to all ranks and servers. load: on rank 0, has all serving servers load one. See `Sender`."""
+    """`disk`. See `Sender`. directory: visible to all ranks and servers. load: on rank 0, has all serving servers load a
+    version's directory."""
 
     def __init__(self, settings: SendSettings, directory: Path, load: Callable[[Path], None] | None) -> None:
         self._settings, self._directory, self._load = settings, directory, load
-        # Rank 0's is the one that is written. A killed run may have left newer versions than those of the run that resumes from
-        # its checkpoint; without this id they would be kept instead.
+        # Rank 0's id is written. A killed run may have left versions newer than those of the run that resumes from its
+        # checkpoint. Without this id they would be kept, and those of the resumed run dropped.
         self._run = uuid.uuid4().hex
         self._writer: DiskWriter | None = None
 

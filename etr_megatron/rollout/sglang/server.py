@@ -1,4 +1,4 @@
-"""An SGLang server as a process of the job: started and watched by it, and ended with it."""
+"""An SGLang server as a process of the job, which starts it, watches it and ends it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class ServerCommand:
     """How a server is started.
 
     python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
-    launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
-    arguments: SGLang's. environment: added to the job's own. host: the address it listens on.
-    told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and reports
-    it at /model_info. "request_id": it takes `--request-id-headers` and uses the value of that header as the id of a request.
-    None: not at all. api_key: the one it requires. memory: fraction of its GPUs' memory for weights and KV cache, passed as one
-    of what is free when it starts, see `share_of_free`; None if the arguments say it or SGLang chooses. shares_gpus: whether
-    ranks use its GPUs, too. parts: number of nodes that the server spans. part: number of this process among theirs.
+    launch: arguments of the interpreter before those of the server, such as ("-m", "sglang.launch_server").
+    arguments: SGLang's. environment: added to that of the job. host: the address it listens on. api_key: the key it requires.
+    told_by: how to distinguish the server from another process that took its port. "weight_version": it takes
+    `--weight-version` and reports it at /model_info. "request_id": it takes `--request-id-headers`, the name of a header whose
+    value it uses as a request's id. None: not at all.
+    memory: fraction of its GPUs' memory for weights and KV cache. It is passed to SGLang as a fraction of the memory that is
+    free at the start, see `share_of_free`. None if it is in the arguments or SGLang chooses it.
+    shares_gpus: whether ranks use its GPUs too. parts: number of nodes that the server spans. part: this node's number.
     """
 
     python: str
@@ -59,10 +60,13 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_
 
 
 def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str, str]:
-    """A rank's environment without torchrun's variables: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would look
-    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other. Settings of
-    torch's allocator are the ranks' alone: a server that can release memory does not start with expandable segments. Programs
-    beside its interpreter come first, as in an activated environment: SGLang builds kernels with the `ninja` there."""
+    """Environment variables of a server, from those of a rank:
+
+    - Without torchrun's: with TORCHELASTIC_USE_AGENT_STORE the server's workers would look for each other in the job's store.
+    - Without those of torch's allocator: with expandable segments, a server that can release memory does not start.
+    - Proxies are bypassed, because servers send requests only to each other.
+    - The directory of `python` is first in PATH, as in an activated environment: SGLang builds kernels with the `ninja` there.
+    """
     left_out = (*_TORCHRUN, *_ALLOCATOR)
     kept = {k: v for k, v in inherited.items() if k not in left_out and not k.startswith(_TORCHRUN_PREFIXES)}
     path = os.pathsep.join([str(Path(python).absolute().parent), inherited.get("PATH", os.defpath)])
@@ -70,21 +74,24 @@ def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str
 
 
 _NEARLY_ALL, _MOST_OF_FREE = 0.9, 0.95
-"""Free fraction above which only contexts of processes can take the rest; largest fraction of free memory for a server."""
+"""Free fraction of a GPU's memory above which only CUDA contexts can be using the rest; largest fraction of free memory for a
+server."""
 
 _REMEMBERED = 1024
 _HANDED_OUT: deque[int] = deque(maxlen=_REMEMBERED)
 _PORTS = range(10_000, 30_000)
-"""Ports for servers: above most services', below those that Kubernetes redirects."""
+"""Ports for servers: above those of most services, and below those that Kubernetes redirects."""
 _TRIES = 10_000
-"""Attempts to find a port: with half of the ports free, one is found in a few."""
+"""Attempts to find a free port. A few are enough if half of the ports are free."""
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listens on now, and that no process is given that asks for any port: a server binds it only when its
-    model is loaded. The last ones that this process got are skipped, as their servers may not listen yet. Another process may
-    still take the port: then `Host` restarts the server. Raises UserError when there is none, as at another machine's address.
+    """A port on which nothing listens. Raises UserError when there is none, as for the address of another machine.
+
+    A server binds its port only when its model is loaded. So ports are left out that the kernel gives to processes that ask for
+    any port, and the last ones that this function returned. If another process still takes the port, `Host` restarts the
+    server.
     """
     ports = _ports_to_be_named()
     why = "every port that was tried is in use"
@@ -108,7 +115,7 @@ def free_port(host: str) -> int:
 
 
 def _ports_to_be_named() -> Sequence[int]:
-    """Those of `_PORTS` that the kernel gives to nobody by itself; 0, any port, where that leaves too few."""
+    """The ports of `_PORTS` outside the kernel's ephemeral range; 0 (any port) if these are too few."""
     try:
         first, last = map(int, _EPHEMERAL.read_text().split())
     except (OSError, ValueError):
@@ -130,11 +137,11 @@ def is_listened_to(address: str) -> bool:
 
 
 def share_of_free(fraction: float, devices: str | None) -> float:
-    """A fraction of a GPU's memory as one of what is free there now, by which SGLang counts `--mem-fraction-static`.
+    """Convert a fraction of a GPU's memory to one of the memory that is free there now, as `--mem-fraction-static` needs.
 
-    When a colocated server is started again the ranks hold memory; with the fraction itself it would get less than the first
-    time, or not enough for its weights. devices: as in CUDA_VISIBLE_DEVICES. Unchanged if nearly all is free or nvidia-smi does
-    not tell.
+    When a colocated server is restarted, ranks hold memory. With the unconverted fraction the server would get less than at its
+    first start, perhaps too little for its weights. devices: as in CUDA_VISIBLE_DEVICES. Returns `fraction` itself if nearly
+    all memory is free, or nvidia-smi does not report it.
     """
     command = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -153,16 +160,17 @@ class ServerProcess:
     """
 
     def __init__(self, name: str, command: ServerCommand, log: Path) -> None:
-        """Start it; returns at once. Raises UserError when the interpreter does not exist, or no port is free."""
+        """Start it, and return at once. Raises UserError when the interpreter does not exist, or no port is free."""
         require_interpreter(command.python)
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
-        # Unique to this start. Not the served model's name: the router tells models apart by that, and would not mix servers.
+        # Unique to this start. It is not passed as the served model's name, because the router keeps servers of models with
+        # different names apart.
         self.identity = f"etr-{secrets.token_hex(8)}"
         log.parent.mkdir(parents=True, exist_ok=True)
         self._report: int | None
         self._report, report = os.pipe()
-        # SGLang prints its arguments, including the API key: only the user may read them.
+        # Only the user may read the log, because SGLang prints its arguments, including the API key.
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self._log_begin = output.seek(0, os.SEEK_END)
             self._watchdog = subprocess.Popen(
@@ -172,7 +180,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**environment_of_server(os.environ, command.python), **command.environment},
-                start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
+                start_new_session=True,  # Ctrl-C goes to the job, which then closes the pipe
             )
         os.close(report)
 
@@ -212,7 +220,7 @@ class ServerProcess:
         return self._watchdog.poll() is None
 
     def said(self) -> str:
-        """What this process has written to its log."""
+        """The log output of this process."""
         try:
             with self.log.open("rb") as log:
                 log.seek(self._log_begin)
@@ -221,7 +229,7 @@ class ServerProcess:
             return ""
 
     def last_words(self, lines: int = 15) -> str:
-        """The end of that."""
+        """The last lines of the log output of this process."""
         return "\n".join(self.said().splitlines()[-lines:])
 
     def stop(self) -> None:
@@ -241,10 +249,11 @@ class ServerProcess:
         self._report = None
 
     def _kill_group(self) -> None:
-        """As the watchdog does, but without a grace period. Returns after a while even if a process cannot be killed."""
+        """Kill the server's process group, as the watchdog does, but without a grace period. Returns after `_GRACE_S` seconds
+        even if a process is left."""
         assert self._report is not None
         os.set_blocking(self._report, False)
-        # ValueError: the watchdog was killed before it had a server. PermissionError: another user has the process id by now.
+        # ValueError: the watchdog was killed before it started a server. PermissionError: another user has the process id now.
         with suppress(BlockingIOError, ProcessLookupError, PermissionError, ValueError):
             group = int(os.read(self._report, 32))
             deadline, files = time.monotonic() + _GRACE_S, files_of(group)

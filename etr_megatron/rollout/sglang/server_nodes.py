@@ -1,14 +1,14 @@
-"""Nodes with servers and no ranks: rank 0's orders to them, and the process on each node that carries these out.
+"""Nodes with servers and no ranks: rank 0's orders to these nodes, and the process on each of them that carries orders out.
 
-Both sides exchange messages through the store that torchrun keeps on the first node. Such a node takes part in no collective;
-when it is lost, the run goes on with the servers of the others. Keys, for node N:
+Both sides exchange messages through torchrun's store on the first node. A server node takes part in no collective. When it is
+lost, the run goes on with the servers of the other nodes. Keys, for node N:
 
     session       a name that rank 0 chooses; it is the prefix of all other keys. torchrun may keep one store through restarts,
                   so keys of earlier sessions must be ignored: nodes join a session only if its beats increase
     beats         increases while rank 0 is alive; `N/beats` likewise for the node
-    N/hello       the node's address, and why it cannot have servers, if it cannot
-    N/order/K     the K-th order; N/reply/K its result. Once there is a next order, nobody waits for a missing reply any more
-    N/stop        the node was sent SIGTERM
+    N/hello       the node's address, and the reason if it cannot run servers
+    N/order/K     the K-th order; N/reply/K its result. Once there is a next order, a missing reply is not waited for any more
+    N/stop        the node received SIGTERM
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
 _LOOK_S = 0.1
 LOST_S = 30.0
-"""Silence after which a node is not waited for any more."""
+"""Seconds without a heartbeat after which a node counts as lost."""
 _HEARD_S = 5.0
 _END_S = 60.0
-"""Time for a node to stop its servers."""
+"""Seconds for a node to stop its servers."""
 _SESSION = "session"
 _GONE = "gives no sign of life any more; the servers are stopped"
 
@@ -61,7 +61,7 @@ def _connect(patience_s: float) -> dist.Store:
 
 
 class ServerNodes:
-    """Rank 0's side: presents the nodes as one `Machine`. As a context manager, ends the nodes with the run."""
+    """Rank 0's side: start and stop as of one `Machine` for all nodes. As a context manager, ends the nodes with the run."""
 
     def __init__(self, count: int, config: SglangConfig, store: dist.Store | None = None) -> None:
         """store: of the job, which must be up already; None connects to it."""
@@ -88,12 +88,12 @@ class ServerNodes:
             code = REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT if isinstance(error, UserError) else 1
         end = {"do": "end", "code": code, "why": str(error or "")}
         with suppress(RuntimeError):  # if the store is gone, the nodes have ended too
-            # Wait until the nodes have heard: the store ends with this process's torchrun.
+            # Wait until the nodes have read the order, because the store ends with this process's torchrun.
             self._ask({node: end for node in range(self._count)}, _HEARD_S)
         self._stack.close()
 
     def _beat(self, done: threading.Event) -> None:
-        """Send rank 0's heartbeats; check which nodes are alive and whether one was sent SIGTERM."""
+        """Send rank 0's heartbeats; check which nodes are alive, and whether one received SIGTERM."""
         store = own_connection(self._store)
         hearts = [Heartbeat(store, f"{node}/beats") for node in range(self._count)]
         with suppress(RuntimeError):
@@ -104,12 +104,12 @@ class ServerNodes:
                     self._stop_asked.set()
 
     def asked_to_stop(self) -> bool:
-        """Whether a node was sent SIGTERM, which stops the whole job."""
+        """Whether a node received SIGTERM, which stops the whole job."""
         return self._stop_asked.is_set()
 
     def meet(self, timeout_s: float, must_stop: MustStop = never) -> list[str]:
-        """Wait for all nodes; returns their addresses, in order. Raises UserError for nodes that cannot have servers or are not
-        there in time, and StopAskedError when `must_stop()` becomes true."""
+        """Wait for all nodes; returns their addresses, in order. Raises UserError for nodes that cannot run servers or do not
+        connect in time, and StopAskedError when `must_stop()` becomes true."""
         deadline = time.monotonic() + timeout_s
         missing = set(range(self._count))
         hellos: dict[int, Any] = {}
@@ -133,7 +133,7 @@ class ServerNodes:
         return list(self._addresses)
 
     def prepare(self, names: Sequence[str], setting: ServerSetting) -> None:
-        """After `meet`: tell the nodes which servers are theirs. Raises UserError for a node that cannot have them."""
+        """Assign servers to the nodes; call it after `meet`. Raises UserError for a node that cannot run its servers."""
         places = parts_of(names, self._count, self._config)
         self._names = [own for own, _ in places]
         orders = {
@@ -145,12 +145,12 @@ class ServerNodes:
                 raise UserError(f"{self._name(node)}: {said}")
 
     def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """See `Machine.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
+        """See `Machine.start`. Servers of a lost node have a problem. Raises StopAskedError when `must_stop()` becomes true."""
         own, attempt = self._by_node(names), secrets.token_hex(8)
         orders = {node: {"do": "start", "names": mine, "attempt": attempt} for node, mine in own.items()}
 
         def give_up(node: int) -> None:
-            for name in own[node]:  # other parts of it would wait for this one
+            for name in own[node]:  # the server's parts on other nodes would wait for this one
                 Rendezvous(self._store, attempt, name).fail()
 
         once_s = startup_timeout_of(self._config)
@@ -171,7 +171,7 @@ class ServerNodes:
             self._ask(orders, _END_S)
 
     def _by_node(self, names: Iterable[str] | None) -> dict[int, list[str]]:
-        """Node -> its own among these servers (None: all), for the nodes that have some."""
+        """Node -> those of these servers (None: all) that run on it, for nodes that have any."""
         asked = None if names is None else set(names)
         own = {node: [name for name in mine if asked is None or name in asked] for node, mine in enumerate(self._names)}
         return {node: mine for node, mine in own.items() if mine}
@@ -198,8 +198,11 @@ class ServerNodes:
         *,
         failed: Callable[[int], None] = lambda _: None,
     ) -> dict[int, Any]:
-        """Node -> its reply, or a sentence if it failed or does not answer, which `failed` is told at once. Raises
-        StopAskedError when `must_stop()` becomes true: the nodes abandon their current order at the next one."""
+        """Send orders; returns node -> its reply, or a sentence if it failed or did not answer.
+
+        failed: called at once with a node that failed. Raises StopAskedError when `must_stop()` becomes true; the nodes abandon
+        their current order when they get the next one.
+        """
         keys = {node: f"{node}/reply/{self._post(node, order)}" for node, order in orders.items()}
         found: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -242,8 +245,8 @@ class ServerNode:
         self._lost = threading.Event()
 
     def serve(self, check: Callable[[], None] = lambda: None) -> int:
-        """Serve until the run ends; returns its exit code, or 1 when rank 0 is lost. check: raises UserError if this machine
-        cannot have servers; that is reported to rank 0 and then raised here."""
+        """Serve until the run ends; returns the run's exit code, or 1 when rank 0 is lost. check: raises UserError if this
+        machine cannot run servers; the error is reported to rank 0 and then raised here."""
         with self._stop_request.on_sigterm(self._grace_s):
             problem = None
             try:
@@ -271,7 +274,7 @@ class ServerNode:
                         self._host.stop()
 
     def _join(self) -> tuple[dist.Store, str] | None:
-        """The name of rank 0's session; None when no live one appears in time."""
+        """The store and the name of rank 0's session; None if no session with increasing beats appears in time."""
         deadline = time.monotonic() + self._patience_s
         before: dict[str, int] = {}
         try:
@@ -303,7 +306,7 @@ class ServerNode:
                     print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
                 return int(order["code"])
             if order["do"] == "start" and (self._store.check([reply_key]) or self._is_over(number)):
-                continue  # it was for an earlier process of this node, or nobody waits for it any more
+                continue  # it was for an earlier process of this node, or its reply is not awaited any more
             try:
                 reply = self._do(order, number)
             except (UserError, OSError) as error:
@@ -314,7 +317,7 @@ class ServerNode:
         return self._without_rank0(_GONE)
 
     def _orders(self) -> Iterator[tuple[int, Any]]:
-        """Orders as they come, until rank 0 is lost."""
+        """Yield (number, order) as orders arrive, until rank 0 is lost."""
         for number in itertools.count():
             while not self._store.check([self._order(number)]):
                 if self._lost.wait(_LOOK_S):
@@ -325,7 +328,7 @@ class ServerNode:
         return f"{self._number}/order/{number}"
 
     def _is_over(self, number: int) -> bool:
-        """Whether nobody waits for this order."""
+        """Whether the reply to this order is not awaited any more."""
         return self._lost.is_set() or self._store.check([self._order(number + 1)])
 
     def _do(self, order: Mapping[str, Any], number: int) -> Any:
@@ -340,7 +343,7 @@ class ServerNode:
         return None
 
     def _beat(self, root: dist.Store, session: str, done: threading.Event) -> None:
-        """Send the node's heartbeats, and its SIGTERM if it gets one; check that rank 0 is alive and was not restarted."""
+        """Send the node's heartbeats, and report a SIGTERM to it; check that rank 0 is alive and was not restarted."""
         try:
             root = own_connection(root)
             store = dist.PrefixStore(session, root)

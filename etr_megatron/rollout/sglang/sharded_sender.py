@@ -1,4 +1,4 @@
-"""Sends weights shard by shard into the workers of servers that the job started, every byte once; see `ShardedTransport`."""
+"""Sends weights shard by shard to the workers of servers that the job started, no byte twice; see `ShardedTransport`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer, refusal_key
 
 _REPORT_AFTER_S = 1.0
-"""Delay of a failure report, by which time the ranks are in the sync that failed."""
+"""Seconds before a failure is reported. After this delay the ranks have entered the sync that failed."""
 
 _GRACE_S = 10.0
-"""How long a server may take to end its part of a failed sync."""
+"""Seconds for a server to end its part of a failed sync."""
 
 
 class OfferCalls:
-    """Rank 0's requests that bring servers' workers into a sync. loop: of the clients; call the methods from outside it."""
+    """Rank 0's requests that make servers' workers join a sync. loop: the clients' event loop. Do not call methods from it."""
 
     def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._fleet, self._loop, self._timeout_s = fleet, loop, timeout_s
@@ -42,7 +42,7 @@ class OfferCalls:
         return self._fleet.members
 
     def post(self, offer: Offer, report: Callable[[str], None]) -> None:
-        """Send the offer to all serving servers. report: called from the loop's thread with the error of one that fails."""
+        """Send the offer to all serving servers. report: called from the loop's thread with the error of each that fails."""
         workers = offer.destination.tp
         bodies = []
         for number in range(offer.destination.servers):
@@ -56,7 +56,8 @@ class OfferCalls:
             if not call.cancelled() and call.exception() is not None:
                 self._loop.call_later(_REPORT_AFTER_S, report, str(call.exception()))
 
-        # The board has a timeout for every wait in a sync and names who is missing; this one only must not expire before it.
+        # The board has a timeout for every wait in a sync, and its error names the missing ranks. The timeout here is longer,
+        # so that it does not expire first.
         timeout_s = 4 * self._timeout_s
         self._calls = []
         for client, body in zip(self._fleet.serving, bodies, strict=True):
@@ -65,9 +66,9 @@ class OfferCalls:
             self._calls.append((client, call))
 
     def settle(self, failed: bool, refusals: Mapping[int, str]) -> bool:
-        """Wait for the servers' replies and mark those that did not do their part; returns whether there are any.
+        """Wait for the servers' replies, and mark the servers that failed; returns whether there are any.
 
-        refusals: number of a server in the sync -> why it refused the weights.
+        failed: whether the sync failed. refusals: number of a server in the sync -> why it refused the weights.
         """
         return asyncio.run_coroutine_threadsafe(self._settle(failed, refusals), self._loop).result()
 
@@ -92,9 +93,9 @@ class OfferCalls:
 
 
 class ShardedSender:
-    """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0 only. See `Sender`.
+    """`sharded`. See `Sender`. server: one server's layout. host: rank 0's address. calls: on rank 0 only.
 
-    After a server is lost, the sync restarts with the others, whose workers survive: see `server_loader.load`.
+    After a server is lost, the sync restarts with the others. Their workers survive the failed sync, see `server_loader.load`.
     """
 
     def __init__(self, settings: SendSettings, server: ServerLayout, host: str, calls: OfferCalls | None) -> None:
@@ -108,10 +109,10 @@ class ShardedSender:
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`. Raises OtherModelError if all servers refuse the weights as those of another model."""
         while not self._try(weights, version):
-            pass  # with one server less every time: when none is left, EngineGoneError names them all
+            pass  # every try has fewer servers; when none is left, EngineGoneError names them all
 
     def _try(self, weights: WeightSource, version: int) -> bool:
-        """Try a sync; returns whether the serving servers have the version, False after one was lost and marked."""
+        """Try a sync. Returns True if the serving servers have the version, False if a server was lost and marked."""
         members = at_servers(lambda: of_rank0(self._calls).members())
         if members != self._members:
             self._leave()
@@ -135,7 +136,7 @@ class ShardedSender:
         return error is None
 
     def _offer(self, weights: WeightSource, version: int, members: list[tuple[str, int]]) -> Offer:
-        """The offer to the workers; a collective, which opens the store for a new set of servers."""
+        """The offer to the workers. A collective; opens a store if the set of servers is new."""
         settings = self._settings
         if self._transport is None:
             port = at_servers(self._open_store)
@@ -160,7 +161,7 @@ class ShardedSender:
         )
 
     def _refusals(self, offer: Offer) -> dict[int, str]:
-        """Server number -> why one of its workers refused, from the store of the failed sync that this rank still holds."""
+        """Server number -> why one of its workers refused, read from the store of the failed sync, which is still open."""
         found: dict[int, str] = {}
         store = self._left
         for rank in range(offer.destination.world):
@@ -182,7 +183,7 @@ class ShardedSender:
         return offer.transport(self._store, dist.get_rank())
 
     def _report(self, reason: str) -> None:
-        """Tell the ranks that a server is lost, so that none waits for it until the timeout."""
+        """Report to all ranks that a server is lost, so that none waits for it until the timeout."""
         board = self._transport.wire.board if self._transport is not None else self._opening
         if board is not None:
             board.report(reason)
@@ -193,7 +194,7 @@ class ShardedSender:
         return self._transport.wire.bytes_sent if self._transport is not None else 0
 
     def _leave(self) -> None:
-        """Close the connections but keep the store: others may still read from it why a sync failed."""
+        """Close the connections but keep the store, where other ranks may still read why a sync failed."""
         if self._transport is not None:
             self._transport.close()
         self._left = self._store or self._left

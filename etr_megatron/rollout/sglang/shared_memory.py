@@ -1,4 +1,4 @@
-"""Tensors for other processes of this machine, which are sent handles to torch's shared memory and not the bytes."""
+"""Shares tensors with other processes of this machine: they are sent handles to torch's shared memory instead of bytes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SEGMENTS = 2
 """Segments of `SharedBuckets`, each as large as the largest bucket."""
 
 _ROOM = 64 << 20
-"""Bytes left to other users of the machine: a process that writes to a file without room dies of SIGBUS, without a warning."""
+"""Bytes left for other users of /dev/shm: a process that writes to a mapped file on a full file system dies of SIGBUS."""
 
-_strategy = threading.Lock()  # it is process-wide: a thread that restored it would change it under another
+_strategy = threading.Lock()  # the sharing strategy is process-wide, so one thread at a time may change it
 
 
 @contextmanager
 def _by_name() -> Iterator[None]:
-    """Make segments that unrelated processes can open by name; by default torch passes file descriptors to children."""
+    """Inside the block torch makes segments that unrelated processes can open by name, instead of by file descriptor."""
     with _strategy:
         before = torch.multiprocessing.get_sharing_strategy()
         torch.multiprocessing.set_sharing_strategy("file_system")
@@ -40,8 +40,11 @@ def _by_name() -> Iterator[None]:
 
 
 def _keep_sockets_to_ourselves() -> None:
-    """The first segment starts torch's segment manager, a process that lives as long as a reader does. If it inherited the
-    sockets of gloo and of the store, which torch leaves inheritable, peers would not notice when this process dies."""
+    """Make all sockets of this process non-inheritable, before torch starts its segment manager with the first segment.
+
+    The manager lives as long as any reader. Torch leaves the sockets of gloo and of the store inheritable; if the manager
+    inherited them, peers would not notice that this process has died.
+    """
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the descriptor of this listing, and any that was closed meanwhile
             if os.readlink(entry).startswith("socket:"):
@@ -49,22 +52,22 @@ def _keep_sockets_to_ourselves() -> None:
 
 
 class SharedMemory:
-    """One buffer, freed once this process and all that opened it have ended.
+    """One buffer in shared memory. It is freed once this process and all processes that opened it have ended.
 
-    It grows with what is put into it. A handle that was never read, because its server failed, keeps the segment until this
-    process ends, even after a larger one has replaced it: so pass the largest size at the first `put`, if it is known.
+    The buffer is replaced by a larger segment when necessary. A handle that was never read, because its server failed, keeps a
+    replaced segment until this process ends. To avoid that, pass the largest size to the first `put` if it is known.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def put(self, flat: Tensor, largest: int = 0) -> Tensor:
-        """Copy flat, uint8 [n] on any device, into the buffer; the caller ensures that nobody still reads the old content.
+        """Copy flat, uint8 [n] on any device, into the buffer; the caller ensures that no process still reads the old content.
 
-        largest: the most bytes that will ever be put here at a time.
+        largest: size in bytes of the largest tensor that will ever be put here.
 
-        Returns a view of the buffer, which owns it. Raises OSError when the machine has no room (in a container: `--ipc host`,
-        or `--shm-size`) or torch cannot make a segment.
+        Returns a view of the buffer, which owns the memory. Raises OSError when /dev/shm has no room (in a container: `--ipc
+        host`, or `--shm-size`) or torch cannot make a segment.
         """
         if len(self._buffer) < len(flat):
             self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -75,7 +78,7 @@ class SharedMemory:
 
 
 def _segment(nbytes: int) -> Tensor:
-    """Raises OSError."""
+    """A new segment of shared memory. Raises OSError."""
     if not has_room(nbytes):
         raise OSError(f"{FILES} has no room for {-(-nbytes // (1 << 20))} MiB of weights")
     try:
@@ -89,7 +92,7 @@ def _segment(nbytes: int) -> Tensor:
 class SharedBuckets:
     """Flat buckets, alternately in two segments: one is filled while servers read the other.
 
-    workers: of each server; every worker gets its own handles.
+    workers: number of workers of each server; every worker gets its own handles.
     """
 
     def __init__(self, workers: int) -> None:
@@ -99,7 +102,7 @@ class SharedBuckets:
         """Server -> handles of a bucket (uint8 [n], any device) for each of its workers. largest: see `SharedMemory.put`.
 
         The caller ensures that servers have answered the bucket before the previous one, or will not read it any more. Raises
-        OSError as `SharedMemory.put`.
+        OSError like `SharedMemory.put`.
         """
         self._segments.rotate()
         shared = self._segments[0].put(flat, largest)
@@ -107,7 +110,7 @@ class SharedBuckets:
         return {name: [handles(views) for _ in range(self._workers)] for name in names}
 
     def close(self) -> None:
-        """Release the segments; processes that have them open keep them."""
+        """Release the segments. They stay valid in processes that have opened them."""
         self._segments = deque(SharedMemory() for _ in range(SEGMENTS))
 
 
@@ -121,10 +124,10 @@ def has_room(nbytes: int) -> bool:
 
 
 def handles(named: Sequence[tuple[str, Tensor]]) -> str:
-    """Views of a `SharedMemory` as `/update_weights_from_tensor` takes them.
+    """Pickled handles of views of a `SharedMemory`, for `/update_weights_from_tensor`.
 
-    For one process that reads them once: torch counts readers by pickled handles, and after a second read of the same handles
-    the segment would count as unused. So every worker is sent its own.
+    They are for one process, which must read them once. Torch counts one reader per pickling, so after a second read of the
+    same handles the segment would count as unused. That is why every worker gets its own handles.
     """
     with _by_name():
         return base64.b64encode(ForkingPickler.dumps(list(named))).decode()

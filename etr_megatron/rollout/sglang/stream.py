@@ -1,4 +1,4 @@
-"""A stream of requests to a fleet, answered one by one: the basis of generation during training."""
+"""A stream of requests to a fleet. Each is answered by itself, as generation during training needs it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.suspicions import Suspicions
 
 _ABORT_TIMEOUT_S = 20.0
-"""Time for a server to acknowledge an abort; a slower one counts as hanging."""
+"""Seconds for a server to acknowledge an abort; a slower server counts as hanging."""
 
 _GIVE_BACK_S = 5.0
 
 _HELD_S = 60.0
-"""Time for servers that acknowledged an abort to return their requests; one that holds a request for longer never will."""
+"""Seconds for servers to return the requests whose abort they acknowledged. After that a server is assumed never to."""
 
 _TEST_TOKENS = 16
-"""Tokens of a test; a prompt that passed one and was at another server's death since is tested to its end."""
+"""Tokens generated in a prompt's first test. If another server dies with the prompt after it passed, the next test generates
+the whole response."""
 
 _HARMLESS_S = 1.0
-"""Time that a server has a prompt, and generates, before another one gets it, too. What kills a server mostly does so while the
-prompt is computed or right after."""
+"""Seconds that a server must have had a prompt, and still generate, before another server gets it too. A prompt that kills a
+server mostly does so during its prefill or right after."""
 
 _Reply = tuple[int, Generated] | Exception
 
@@ -44,15 +45,17 @@ class _Running(NamedTuple):
 
 
 class RequestStream:
-    """Requests under way at the servers of a fleet, see `Dispatch`.
+    """Requests in flight at the servers of a fleet, see `Dispatch`. All methods but `wait` run in the clients' event loop.
 
-    Every key is answered once: with the complete reply or, at `stop`, with the tokens so far. When a server fails, its requests
-    are repeated elsewhere from the beginning; a request that is itself at fault is answered with the reason it was given up.
-    An error that is no server's is raised where the reply is awaited: it would recur forever.
-    All methods but `wait` run in the event loop of the fleet's clients.
+    Every key is answered once:
+    - with the complete reply or, at `stop`, with the tokens so far
+    - if the request itself is at fault, with the reason why it was given up
+    - an error that no server is to blame for is raised where the reply is awaited, because a retry would fail again
 
-    concurrency: requests under way per server. exclusive: the servers have no other users, so that one call to each cuts off
-    everything under way; required with a router. suspicions: problems that may have killed servers.
+    When a server fails, its requests are repeated at other servers from the beginning.
+
+    concurrency: most requests in flight per server. exclusive: the servers have no other users, so that one call to each aborts
+    all its requests; required with a router. suspicions: problems that may have killed servers.
     """
 
     def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool, suspicions: Suspicions | None = None) -> None:
@@ -64,21 +67,21 @@ class RequestStream:
         self._proving: dict[str, asyncio.Task[None]] = {}  # by problem id
         self._is_stopping = False
         self._failed_before: set[str] | None = None
-        """Servers that the last weight sync did not bring back; None until there are requests after it."""
+        """Servers that the last weight sync did not bring back; None until the first requests after it."""
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
-        self._next: Exception | None = None  # an error that came right after the replies that `wait` returned
+        self._next: Exception | None = None  # an error that followed the replies which `wait` returned last
         self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
 
     async def submit(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
-        """Start these, in order; keys must be new, and 0 or more. first: ahead of all others that wait."""
+        """Start these requests, in order; keys must be new, and 0 or more. first: ahead of all other waiting requests."""
         self._add(dict(reversed([*requests.items()])) if first else requests, first=first)
 
     async def answer(self, requests: Sequence[Request]) -> list[Generated]:
-        """All responses, in the order of the requests, which go ahead of all others that wait.
+        """All responses, in the order of the requests. The requests go ahead of all other waiting requests.
 
-        Raises EngineGoneError, NeedsSyncError and RefusedError; then none of the requests is under way.
+        Raises EngineGoneError, NeedsSyncError and RefusedError; then none of the requests is in flight any more.
         """
         keyed = dict(zip(self._own_keys, requests, strict=False))
         found = {key: asyncio.get_running_loop().create_future() for key in keyed}
@@ -92,9 +95,8 @@ class RequestStream:
     def wait(self, timeout_s: float | None = None) -> list[tuple[int, Generated]]:
         """All replies since the last call; waits for at least one, up to `timeout_s`. May be called from any thread.
 
-        Raises EngineGoneError when no server is left, NeedsSyncError when the only one left must not be risked, and
-        RefusedError, after which that request is dropped. Any other error is a fault of the program, after which the request
-        that met it is dropped.
+        Raises EngineGoneError when no server is left, NeedsSyncError when the only server left must not be risked, and
+        RefusedError, which drops the refused request. Any other error is a bug; the request that caused it is dropped.
         """
         if self._next is not None:
             error, self._next = self._next, None
@@ -105,11 +107,11 @@ class RequestStream:
             return []
 
     async def stop(self, *, abort: bool, held_s: float | None = None) -> list[tuple[int, Generated]]:
-        """All replies since the last call; nothing is under way when this returns. abort: cut off what is, else wait for it.
+        """All replies since the last call; no request is in flight when this returns.
 
-        held_s: seconds after which a server that acknowledged an abort but returns nothing has failed; 60 by default.
-
-        A key without a reply by then (its servers have failed, or it had not begun) is dropped.
+        abort: abort the requests in flight, else wait for them. held_s: seconds after which a server that acknowledged an abort
+        but returns nothing has failed; 60 by default. Requests that have no reply by then are dropped: their servers have
+        failed, or they had not begun.
         """
         self._is_stopping = abort
         loop, held_s = asyncio.get_running_loop(), _HELD_S if held_s is None else held_s
@@ -119,7 +121,7 @@ class RequestStream:
                 await self._abort_all()
                 if loop.time() > end:
                     self._give_up_holders(held_s)
-            # Repeated after a while: an abort may have arrived before its request.
+            # Repeated every half second, because an abort may arrive before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
                 await asyncio.wait(tasks, timeout=0.5 if abort else None)
@@ -165,13 +167,13 @@ class RequestStream:
         self._begin()
 
     def _known_failed(self) -> set[str]:
-        """See `_failed_before`, which is None no more."""
+        """The value of `_failed_before`, which is set if it was None."""
         if self._failed_before is None:
             self._failed_before = set(self._fleet.failed)
         return self._failed_before
 
     def _withdraw(self, keys: Collection[int]) -> None:
-        """Drop these requests of `answer`: nobody waits for them any more."""
+        """Drop these requests of `answer`, whose replies are not awaited any more."""
         for key in keys:
             del self._awaited[key]
             self._requests.pop(key, None)
@@ -191,7 +193,7 @@ class RequestStream:
             fleet.apart = self._dispatch.apart
             if order is None:
                 break
-            # The dot: SGLang's scheduler aborts every request whose id starts with the given one.
+            # The id ends with a dot because SGLang's scheduler aborts every request whose id starts with the given id.
             rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
             work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
             self._running[rid] = _Running(order.key, client, loop.create_task(work))
@@ -202,7 +204,7 @@ class RequestStream:
             self._fail()
 
     async def _prove(self, problem: str) -> None:
-        """Let the problem's requests go to several servers if the one that has them is well after a while."""
+        """Let the problem's requests go to several servers if the server that has them is healthy after `_HARMLESS_S`."""
         try:
             await asyncio.sleep(_HARMLESS_S)
             at = [one.client for one in self._running.values() if self._problem_of(one.key) == problem]
@@ -219,7 +221,7 @@ class RequestStream:
         return self._requests[key].problem_id if key in self._requests else None
 
     def _fail(self) -> None:
-        """Tell everyone who waits why nothing can start."""
+        """Raise, wherever a reply is awaited, the reason why no request can start."""
         error: Exception
         try:
             self._fleet.refuse_if_gone()
@@ -254,9 +256,9 @@ class RequestStream:
             )
         except GivenUpError as error:
             outcome = _given_up(str(error))
-        except (ServerError, asyncio.CancelledError):  # it is asked again if anybody waits for it
+        except (ServerError, asyncio.CancelledError):  # it is repeated if its reply is still awaited
             pass
-        except Exception as error:  # a refusal or, whatever it is, a fault of the program
+        except Exception as error:  # a refusal; anything else is a bug
             outcome = error
         at = self._running.pop(rid).client
         if failures.deaths > deaths:
@@ -274,7 +276,7 @@ class RequestStream:
         self._begin()
 
     def _move(self, rid: str, others: Sequence[ServerClient]) -> ServerClient:
-        """Choose the server for a request that another one refused; from now on it is aborted there."""
+        """Choose another server for a request that one refused; aborts of the request go to that server from now on."""
         clients = {client.name: client for client in others}
         client = clients[self._dispatch.move(self._running[rid].key, clients)]
         self._running[rid] = self._running[rid]._replace(client=client)
@@ -311,7 +313,7 @@ class RequestStream:
 
     def _answer(self, key: int, outcome: Generated | Exception) -> None:
         self._failures.pop(key, None)
-        if self._requests.pop(key, None) is None:  # nobody waits for it
+        if self._requests.pop(key, None) is None:  # its reply is not awaited
             return
         if key >= 0:
             self._replies.put((key, outcome) if isinstance(outcome, Generated) else outcome)
@@ -326,7 +328,7 @@ class RequestStream:
             await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
             return
         for running in list(self._running.values()):
-            if running.client.name in self._fleet.failed:  # it is sent nothing any more, not even aborts
+            if running.client.name in self._fleet.failed:  # a failed server gets no requests, not even aborts
                 running.task.cancel()
         if not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
             # Only the router knows which requests a hanging server has; the other servers return theirs at once.
@@ -336,7 +338,7 @@ class RequestStream:
                 task.cancel()
 
     def _give_up_holders(self, held_s: float) -> None:
-        """Mark servers that hold requests for too long. Behind a router they are unknown, and the router is given up."""
+        """Mark servers that hold requests for too long. With a router these servers are not known; the router is given up."""
         why = f"accepted aborts, but did not return its requests within {held_s:g} s"
         router = self._fleet.router
         for running in list(self._running.values()):
@@ -347,7 +349,7 @@ class RequestStream:
             running.task.cancel()
 
     async def _abort(self, rid: str, running: _Running) -> None:
-        """A server that does not acknowledge the abort has failed; its request is cancelled."""
+        """Abort a request. If its server does not acknowledge, mark the server and cancel the request."""
         try:
             await running.client.abort(rid, timeout_s=_ABORT_TIMEOUT_S)
         except ServerError as error:

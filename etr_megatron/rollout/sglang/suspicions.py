@@ -1,4 +1,4 @@
-"""Problems that may have killed servers, kept in a file: a restarted run would otherwise lose servers to them again."""
+"""Problems that may have killed servers, kept in a file, so that a restarted run does not lose servers to them again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Suspicions:
-    """deaths: problem id -> number of servers that died with it among others, until it is answered. given_up: id of a problem
-    that alone killed a server -> why. file: None keeps both in memory only."""
+    """deaths: problem id -> number of servers that died with it, among others, in flight since its last complete response.
+    given_up: id of a problem that killed a server alone -> why. file: None keeps both in memory only."""
 
     file: Path | None = None
     deaths: dict[str, int] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Suspicions:
 
     @classmethod
     def read(cls, file: Path) -> Suspicions:
-        """What `write` wrote last; empty when there is no such file or it cannot be read."""
+        """The state that was written last; empty when there is no such file or it cannot be read."""
         try:
             found = json.loads(file.read_text())
             return cls(file, dict(found["deaths"]), dict(found["given_up"]))

@@ -1,7 +1,7 @@
 """A weight sync as a transaction on the servers: pause, begin; transfer; end, flush, set version, continue.
 
-Servers keep their requests (`retract`). A server that fails at any of this takes no more traffic, as it may have weights of two
-versions: it needs a complete sync before it serves again.
+Servers keep their requests (`retract`). A server that fails at any step is marked failed, because it may have weights of two
+versions. It needs a complete sync before it serves again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GOODBYE_S = 5.0
 
 
 class Transaction:
-    """The steps of a sync before and after the transfer. timeout_s: of every request; errors name the server."""
+    """The steps of a sync before and after the transfer. timeout_s: of every request. Errors name the server."""
 
     def __init__(self, fleet: Fleet, timeout_s: float) -> None:
         self._fleet, self._timeout_s = fleet, timeout_s
@@ -31,7 +31,7 @@ class Transaction:
         self._fleet.refuse_if_gone()
 
     async def finish(self, version: int) -> None:
-        """Close the update, flush caches and set `version`; servers that then report another version take no more traffic.
+        """Close the update, flush caches and set `version`; servers that then report another version are marked failed.
 
         Raises EngineGoneError when none is left.
         """
@@ -46,20 +46,19 @@ class Transaction:
         self._fleet.refuse_if_gone()
 
     async def abandon(self, why: str) -> None:
-        """After a failure on our side: resume the servers, so that nobody waits for them, but mark them as failed."""
+        """After a failure on the trainer's side: mark all servers failed, and resume them, as they may have other users."""
         for client in self._fleet.serving:
             self._fleet.mark_failed(client, why)
         await self._let_go()
 
     async def _let_go(self) -> None:
-        """Resume also the servers that were paused and have failed, if they still can: they may have other users."""
+        """Try to resume the paused servers that have failed, because they may have other users."""
         failed = [client for client in self._paused if client.name in self._fleet.failed]
         await asyncio.gather(*map(self.end_what_is_open, failed))
         self._paused = []
 
     async def end_what_is_open(self, client: ServerClient) -> None:
-        """Resume a paused server, whether an update is open or not. A server that refuses or does not answer in time is left as
-        it is."""
+        """Resume a paused server, whether or not an update is open. Errors and timeouts are ignored."""
         for route in ("/end_weight_update", "/continue_generation"):
             if client.has(route):
                 with suppress(ServerError):  # from the first route, if no update is open
@@ -73,7 +72,7 @@ class Transaction:
         except ServerError as error:
             if "already open" not in str(error):
                 raise
-            # left open by a job that ended in the middle of a sync
+            # The update was left open by a job that ended in the middle of a sync.
             await client.call("/end_weight_update", {}, timeout_s=self._timeout_s)
             await client.call("/begin_weight_update", {}, timeout_s=self._timeout_s)
 

@@ -21,12 +21,12 @@ class UpdateGroup:
     """A store and, once `join` has returned, a group: rank 0 is this process, the others are the servers' workers."""
 
     def __init__(self, workers: int, *, host: str, backend: str, timeout_s: float) -> None:
-        """Open the store on a free port of `host`; nobody has joined yet. workers: of all servers together."""
+        """Open the store on a free port of `host`. No worker has joined yet. workers: total number over all servers."""
         # A server keeps the groups of earlier jobs and refuses a name that it already has.
         self.name = f"etr_weights_{uuid.uuid4().hex}"
         self.backend, self.host, self.world = backend, host, workers + 1
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        # Nothing else here holds it, so `close` shuts it down and thereby ends the wait of everyone in its rendezvous.
+        # This is the only reference, so `close` shuts the store down, which ends the wait of all workers in its rendezvous.
         self._master: dist.TCPStore | None = dist.TCPStore(
             host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout
         )
@@ -36,7 +36,7 @@ class UpdateGroup:
     def join(self) -> None:
         """Form the group; blocks until all workers have joined. Raises torch's error when they do not join in time."""
         store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
-        # gloo reads nothing there, and may wait here for a worker that never comes.
+        # Not for gloo, which does not read these variables, and may block here, with their lock held, for a missing worker.
         with outliving_failures() if self.backend == "nccl" else nullcontext():
             # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
             self._group, _ = c10d._new_process_group_helper(
@@ -54,7 +54,7 @@ class UpdateGroup:
             self.close()
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send uint8 [n] to all workers; `flat` stays the caller's. Raises torch's error when one of them is gone."""
+        """Send flat, uint8 [n], to all workers; it stays unchanged. Raises torch's error when one of them is gone."""
         assert self._group is not None
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
         work.wait(self._timeout)
@@ -62,11 +62,11 @@ class UpdateGroup:
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Leave the group at once, also during a broadcast in another thread; workers that still wait in one, or for others to
-        join, see the connection close."""
+        """Leave the group at once, even during a broadcast in another thread. Workers that still wait in a broadcast or in the
+        rendezvous see the connection close."""
         self._master = None
         if self._group is not None:
-            # With NCCL, the orderly end would wait for the broadcast, and for the workers of this machine to end theirs.
+            # With NCCL, destroying the group would wait for the broadcast, and for workers of this machine to destroy theirs.
             leave = c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             leave(self._group)
             self._group = None

@@ -6,8 +6,8 @@ after GRACE_S seconds, SIGKILL. When the server ends first, the rest of the grou
 exit code is passed on. The server's pid is written to file descriptor FD, so that the job can end the group if the watchdog
 itself is killed; the server then gets SIGKILL (on Linux). Uses only the standard library; imports nothing of this package.
 
-SGLang (0.5.21) leaves a file with its load in /dev/shm, however it ends. The watchdog removes those that processes of its own
-server were seen to have open: their names are random and tell nothing of the server.
+SGLang (0.5.21) always leaves a file with its load in /dev/shm. Its name is random and does not identify the server. So the
+watchdog notes which of these files the server's processes have open, and removes them at the end.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def remove(files: Iterable[str]) -> None:
 
 
 def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM, then SIGKILL, until the group has no process: schedulers hold GPU memory until they have ended."""
+    """Send SIGTERM, then SIGKILL, and wait until the group has no process: schedulers hold GPU memory until they end."""
     for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s / 2)):
         deadline = time.monotonic() + wait_s
         _signal_group(server.pid, number)
@@ -85,14 +85,14 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_prepare)
         files: set[str] = set()
-        stack.callback(remove, files)  # the last of all
+        stack.callback(remove, files)  # runs last
         stack.callback(_end_group, server, grace_s)
         stack.callback(lambda: files.update(files_of(server.pid)))
         os.write(report, str(server.pid).encode())
         os.close(report)
         look, interval = time.monotonic(), _LOOK_S
         while server.poll() is None:
-            if not files and time.monotonic() >= look:  # before a server that dies of itself takes the knowledge with it
+            if not files and time.monotonic() >= look:  # while it runs: a server that has died has no open files to look up
                 files |= files_of(server.pid)
                 look, interval = time.monotonic() + interval, min(2 * interval, _LONGEST_LOOK_S)
             ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
