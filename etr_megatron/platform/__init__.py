@@ -34,7 +34,7 @@ def backend() -> str:
 
 
 def release_cached_memory() -> None:
-    """Return to the device the GPU memory that torch keeps for its next tensors, so that other processes can take it."""
+    """Release the GPU memory in torch's cache, so that other processes can allocate it."""
     import torch
 
     if uses_cuda():
@@ -42,8 +42,8 @@ def release_cached_memory() -> None:
 
 
 def take_memory_peaks() -> dict[str, float]:
-    """The most GPU memory since the last call, in GiB: `memory_allocated_gib` of tensors, `memory_reserved_gib` with what torch
-    kept for later ones. Empty on CPU."""
+    """Peak GPU memory since the last call, in GiB: `memory_allocated_gib` is that of tensors, `memory_reserved_gib` includes
+    torch's cache. Empty on CPU."""
     import torch
 
     if not uses_cuda():
@@ -73,8 +73,8 @@ def prepare_megatron() -> None:
     global _prepared
     if _prepared:
         return
-    # Transformer Engine reads it when megatron.core imports TE. Without it, scales of FP8 blocks are powers of two, unlike
-    # those of the rollout servers; from Blackwell on, TE computes with MXFP8, which has no others.
+    # Transformer Engine reads this variable when megatron.core imports TE. Without it, scales of FP8 blocks are powers of two,
+    # unlike those of the rollout servers. From Blackwell on, TE computes with MXFP8, whose scales are always powers of two.
     os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0" if _is_blackwell_or_later() else "1")
     # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

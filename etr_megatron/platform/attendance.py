@@ -1,7 +1,7 @@
-"""Which ranks are there, and in which order the others left, by notes in the job's store.
+"""Tracks which ranks are alive, and which rank failed first, by notes in the job's store.
 
-A rank that loses another sees a closed connection, but not who closed it: a peer that lost the same rank has closed its own. So
-a rank that ends by an error says so first. One that says nothing and is not there has been killed, or has died.
+When a rank ends, the others see closed connections, but not which rank ended first: peers that lost it close their connections
+too. So a rank that ends with an error writes a note first. A rank that is gone without a note was killed or has crashed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch.distributed as dist
 from etr_megatron.platform.job_store import job_store, own_connection
 
 ANSWER_S = 3.0
-"""Time for a rank of another machine to answer a roll call. Every rank looks for one at intervals of `_LOOK_S`. A rank whose
-Python threads all wait this long for one call into a library counts as gone."""
+"""Seconds for a rank of another machine to answer a roll call. Every rank checks for roll calls every `_LOOK_S` seconds. A rank
+counts as lost if all its Python threads are blocked this long by one library call that holds the GIL."""
 
 _LOOK_S, _POLL_S = 0.5, 0.05
 _STORE_S = 5.0
-"""Time for the store to answer: it has no deadline of its own, and its machine may have lost power."""
+"""Seconds for the store to answer. Its requests have no timeout of their own, and its machine may have lost power."""
 
 T = TypeVar("T")
 
 
 class RankProcess(NamedTuple):
-    """Where a rank runs. system: its kernel and process namespace, in which others can look for it; "" on all but Linux.
-    begun: when its process began, as another may get its pid."""
+    """The process of a rank. system: its kernel and pid namespace, within which other ranks can look up its pid; "" if unknown,
+    as on systems other than Linux. begun: start time, which tells it from a later process with the same pid."""
 
     host: str
     pid: int
@@ -43,7 +43,7 @@ class RankProcess(NamedTuple):
 
     @classmethod
     def own(cls) -> RankProcess:
-        """This process's."""
+        """The `RankProcess` of this process."""
         host, pid = socket.gethostname(), os.getpid()
         if sys.platform != "linux":
             return cls(host, pid, "", "")
@@ -59,7 +59,7 @@ class RankProcess(NamedTuple):
 
 
 class Attendance:
-    """The ranks of a job. store: of the job, used from several threads, of which none waits for a key. places: of all ranks."""
+    """The ranks of a job. store: of the job; several threads use it, so none may block in it. places: those of all ranks."""
 
     def __init__(self, store: dist.Store, rank: int, places: Sequence[RankProcess]) -> None:
         self._store, self.rank, self._places = store, rank, list(places)
@@ -67,19 +67,19 @@ class Attendance:
         self._is_stopped = self._store_is_silent = False
         self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
         self._away = [one for one in range(len(places)) if one not in self._here and one != rank]
-        if self._away:  # those that are all on one machine see each other without a thread
+        if self._away:  # ranks of one machine look each other up, without a thread that answers
             threading.Thread(target=self._answer, name="roll_call", daemon=True).start()
 
     @classmethod
     def of_job(cls) -> Attendance:
-        """A collective."""
+        """Create it on every rank. A collective."""
         places = [RankProcess.own()] * dist.get_world_size()
         if len(places) > 1:
             dist.all_gather_object(places, RankProcess.own())
         return cls(own_connection(job_store()), dist.get_rank(), places)
 
     def leave(self, why: str) -> None:
-        """Say that this rank ends by an error. Call it before connections to the others are closed."""
+        """Note that this rank ends with the error `why`. Call it before its connections to other ranks are closed."""
 
         def note() -> None:
             self._store.set(f"left/{self.rank}", why)
@@ -89,20 +89,20 @@ class Attendance:
         self._ask(note, None)
 
     def stop(self) -> None:
-        """Say that the job was told to stop while all ranks were there: a later error does not make it a failed one."""
+        """Note that the job was asked to stop while all ranks were alive. A later error does not make it a failed job."""
         self._is_stopped = True
         self._ask(lambda: self._store.set("stopped", ""), None)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a rank has said so; remembered, as the store may end before this rank."""
+        """Whether a rank has called `stop`. This is remembered, because the store may end before this rank."""
         self._is_stopped = self._is_stopped or self._read("stopped") is not None
         return self._is_stopped
 
     def told(self) -> str | None:
-        """This rank was told to stop: says so if all ranks are there, and returns who is gone otherwise, see `loss`.
+        """Call it when this rank is asked to stop. Calls `stop` if all ranks are alive, else returns what `loss` found.
 
-        When all ranks are told at once, those that are not the first of their machine wait for what that one finds.
+        All ranks may be asked at once. Then only the first rank of each machine calls the roll; the others wait for its result.
         """
         if self.is_stopped:
             return None
@@ -121,14 +121,14 @@ class Attendance:
 
     @property
     def _calls(self) -> bool:
-        """Whether this rank is the one of its machine that calls the roll: if all did, the store would be overrun."""
+        """Whether this rank calls the roll: only the first rank of a machine does, to limit the load of the store."""
         return self.rank == min(self._here | {self.rank})
 
     def loss(self, patience_s: float = 0.0, *, everywhere: bool = False) -> str | None:
-        """Who is gone or, if nobody is, which other rank was the first to leave by an error, and why; None if all are there.
+        """Which ranks are lost; if none is, which other rank first ended with an error, and why; None if all are alive.
 
-        patience_s: time until a rank of this machine, whose connections are closed, must have ended. everywhere: whether to ask
-        for ranks of other machines even if this rank is not the first of its own, which always does.
+        patience_s: seconds to wait for a rank of this machine to end, if its connections are closed. everywhere: call the roll
+        of other machines even if this rank is not the first of its machine, which always does.
         """
         deadline = time.monotonic() + patience_s
         others = self._here - {self.rank}
@@ -152,11 +152,11 @@ class Attendance:
 
     @property
     def speaks(self) -> bool:
-        """Whether this is rank 0 or, as far as `loss` has found, all ranks before it are gone."""
+        """Whether this is rank 0, or `loss` has found all ranks before it lost."""
         return self._lost.issuperset(range(self.rank))
 
     def _first(self) -> int | None:
-        """The first rank that left by an error, unless it is this one."""
+        """The first rank that ended with an error; None if there is none, or it is this rank."""
         found = self._read("first")
         return None if found is None or int(found) == self.rank else int(found)
 
@@ -169,7 +169,7 @@ class Attendance:
         return _begun(place.pid) != place.begun and not self._has_left(rank)
 
     def _silent(self) -> list[int] | None:
-        """Ranks of other machines that neither answer nor have left; None without the store."""
+        """Ranks of other machines that neither answer nor have called `leave`; None if the store does not answer."""
         away: list[int] | None = self._away
         if not away:
             return []
@@ -180,7 +180,7 @@ class Attendance:
             return [rank for rank in ranks if not any(self._store.check([key]) for key in keys[rank])]
 
         while number and away and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)  # by then nearly all have answered
+            time.sleep(_LOOK_S)  # enough for nearly all ranks to answer
             away = self._ask(partial(unanswered, away), None)
         return away if number else None
 
@@ -198,7 +198,7 @@ class Attendance:
         return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None, None)
 
     def _ask(self, work: Callable[[], T], otherwise: T) -> T:
-        """What `work` with the store returns; `otherwise` without the store, whose owner may be gone or hang."""
+        """Run `work`, which uses the store, and return its result; `otherwise` if the store is gone or does not answer."""
         found: list[T] = []
 
         def run() -> None:
@@ -218,7 +218,7 @@ class Attendance:
 
 
 def _begun(pid: int) -> str | None:
-    """When a process of this machine began, in clock ticks; None if it has ended, even if its parent does not know it yet."""
+    """Start time of a process of this machine, in clock ticks; None if it has ended, even if it is still a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

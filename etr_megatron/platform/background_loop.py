@@ -1,4 +1,4 @@
-"""Work that is repeated in a thread of its own between two calls."""
+"""Work that a background thread repeats until it is stopped."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class BackgroundLoop:
         self._error: Exception | None = None
 
     def start(self) -> None:
-        """Begin; does nothing if it has begun, or if an error waits for `stop`."""
+        """Start the thread. Does nothing if it has been started, or if an error waits to be raised by `stop`."""
         if self._thread is None and self._error is None:
             self._done.clear()
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """End after the work in progress. Raises what the work raised, once."""
+        """Wait for the call of `work` in progress, and end the thread. Raises, once, the error that `work` has raised."""
         if self._thread is not None:
             self._done.set()
             self._thread.join()
@@ -35,7 +35,7 @@ class BackgroundLoop:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Go on while the block runs. Raises at its end what the work raised, unless the block has raised."""
+        """Run the thread while the block runs. At the end, raises the error of `work`, unless the block itself has raised."""
         self.start()
         try:
             yield
@@ -47,7 +47,7 @@ class BackgroundLoop:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let it rest while the block runs; an error waits for `stop`."""
+        """Suspend the work while the block runs. An error of `work` is kept until `stop`."""
         was_on = self._thread is not None
         try:
             self.stop()

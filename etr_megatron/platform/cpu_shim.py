@@ -57,7 +57,7 @@ class _NoStream:
 
 
 class _CpuCuda:
-    """Replaces `torch.cuda` inside megatron.core. Any other name raises AttributeError: nothing is guessed."""
+    """Replaces `torch.cuda` inside megatron.core. Names that are not defined here raise AttributeError."""
 
     Stream = Event = stream = _NoStream
     nvtx = types.SimpleNamespace(range_push=lambda *_: None, range_pop=lambda *_: None)
@@ -195,7 +195,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    """Replaces megatron.core's version, which uses torch.cuda's lazy-call queue, silently never run without CUDA."""
+    """Replaces megatron.core's version: it uses torch.cuda's lazy-call queue, which is never run without CUDA."""
     torch.set_rng_state(new_state)
 
 

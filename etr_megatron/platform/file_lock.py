@@ -1,4 +1,4 @@
-"""Locks between processes that the kernel releases when the holder ends, however it ends."""
+"""Locks between processes. The kernel releases a lock when its holder ends, even after a kill -9."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 def try_lock(descriptor: int, path: Path) -> bool:
     """Lock an open file or directory until the last copy of its descriptor is closed; False if another process holds it.
 
-    path: of the locked file, for the warning if the file system has no locks; it then counts as locked.
+    path: of the locked file, for a warning if the file system has no locks; then this returns True without a lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

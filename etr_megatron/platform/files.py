@@ -33,7 +33,7 @@ _NOT_WRITABLE = (
 _OF_PATHS = (*_NOT_WRITABLE, errno.ELOOP)
 _LONGEST_NAME = 200
 _OTHER_FILES = 1024
-"""Open files that a rank may have besides: sockets of ranks and of the store, checkpoints, logs."""
+"""Reserve for a rank's other open files: sockets of ranks and of the store, checkpoints, logs."""
 
 
 @contextmanager
@@ -89,9 +89,9 @@ def refuse_all(*checks: Callable[[], object]) -> None:
 
 
 def allow_open_files(more: int) -> tuple[int, int]:
-    """Raise this process's limit of open files so that it can open so many `more`, as far as the hard limit allows.
+    """Raise this process's limit of open files so that it can open `more` files, as far as the hard limit allows.
 
-    Returns the limit that this takes and the limit that the system allows of it.
+    Returns the limit that is needed, and the part of it that the hard limit allows.
     """
     wanted = more + max(_OTHER_FILES, len(os.listdir("/dev/fd")) + _OTHER_FILES // 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -135,7 +135,7 @@ def disk_full_behind(error: BaseException | None) -> OSError | None:
 
 
 def no_room(error: OSError) -> str:
-    """The message for such an error."""
+    """The message for an error that `disk_full_behind` returned."""
     assert error.errno is not None
     return _NO_ROOM[error.errno]
 

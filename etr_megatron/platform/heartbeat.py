@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 class Heartbeat:
-    """Watches the process that increments `key`. Use one per thread, like its store."""
+    """Watches the process that increments `key`. Not thread-safe, like its store: use one of each per thread."""
 
     def __init__(self, store: dist.Store, key: str) -> None:
         self._store, self._key = store, key

@@ -27,5 +27,6 @@ def job_store() -> dist.Store:
 
 
 def own_connection(store: dist.Store) -> dist.Store:
-    """The same store by a connection of its own: another thread's wait on the one there is would keep it from being used."""
+    """The same store on a new connection. Needed for a thread, because another thread that waits in the store blocks its
+    connection."""
     return store.clone()  # type: ignore[attr-defined]  # the stub lacks it

@@ -1,4 +1,4 @@
-"""Ensure that no process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
+"""Ensure that no process outlives its parent, even after a kill -9 of the parent. Stdlib only.
 
 Ranks and the workers of a `WorkerPool` call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG
 sends SIGKILL when the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed
@@ -29,8 +29,8 @@ _WATCHDOG_PERIOD_S = 0.5
 def die_with_parent(parent_pid: int | None = None) -> None:
     """Have this process killed (SIGKILL) when its parent ends; at once if the parent is already gone.
 
-    parent_pid: pid of the process that started this one, if known (a worker is told it). Without it, a parent that ended
-        before this call goes unnoticed, because this process then has another valid parent pid.
+    parent_pid: pid of the process that started this one, if known (a worker gets it as an argument). Without it, a parent that
+        ended before this call goes unnoticed, because this process then has another valid parent pid.
     Without PR_SET_PDEATHSIG (on any system but Linux) a daemon thread checks for the parent twice a second; it cannot run
     while other code holds the GIL. Raises OSError if the kernel refuses.
     """
@@ -42,7 +42,7 @@ def die_with_parent(parent_pid: int | None = None) -> None:
             raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
     else:
         threading.Thread(target=_watch_parent, args=(expected,), name="parent-watchdog", daemon=True).start()
-    # If the parent ended before the request was in place, no signal will come.
+    # If the parent ended before the call above, no signal will come.
     if os.getppid() != expected:
         _end_now()
 
@@ -58,15 +58,15 @@ def _end_now() -> None:
 
 
 def kill_trees(pids: Iterable[int]) -> None:
-    """SIGKILL descendants of this process that have not been waited for and, on Linux, what they have started.
+    """SIGKILL these descendants of this process, which must not have been waited for, and on Linux their own descendants.
 
-    A process that was started by one which has ended is not found.
+    A process whose parent has ended is not found.
     """
     tree = set(pids)
     new = tree
     while new:
         for one in new:
-            _signal(one, signal.SIGSTOP)  # what is stopped starts no more while the rest is looked for
+            _signal(one, signal.SIGSTOP)  # so that it starts no more processes during the search
         new = _descendants(tree) - tree
         tree = tree | new
     for one in tree:
@@ -74,7 +74,7 @@ def kill_trees(pids: Iterable[int]) -> None:
 
 
 def kill_descendants() -> None:
-    """`kill_trees` of what this process has started."""
+    """SIGKILL all descendants of this process, see `kill_trees`."""
     kill_trees(_descendants([os.getpid()]))
 
 
@@ -84,14 +84,14 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _descendants(pids: Iterable[int]) -> set[int]:
-    """Processes whose parents lead to one of `pids`. Empty on systems without Linux's /proc."""
+    """All descendants of `pids`. Empty on systems without Linux's /proc."""
     children: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if name.isdecimal():
             with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                 children[int(file.read().rpartition(b")")[2].split()[1])].append(int(name))
     found = [child for pid in pids for child in children[pid]]
-    for one in found:  # grows
+    for one in found:  # the list grows in the loop
         found += children.pop(one, [])
     return set(found)
 

@@ -1,10 +1,10 @@
 """Fixes for bugs in megatron-core 0.16.1, most of which only appear without Transformer Engine and apex, with torch's Adam.
 
-Each entry names the bug, where it is and how it shows. With TE or apex, fixes for code paths that are not taken then are not
-applied.
+The docstring of each fix names the bug, its file and its symptom. With TE or apex, the fixes for code paths that are then not
+taken are not applied.
 """
 
-# What is mended are Megatron's own classes and functions, which is marked on them.
+# The fixes replace attributes of Megatron's own classes and modules, and mark them as fixed.
 # mypy: disable-error-code="assignment,attr-defined,method-assign"
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ def apply() -> None:
 
 
 def _mend_offloaded_optimizer(cls: Any) -> None:
-    """`cpu_offloading/hybrid_optimizer.py` puts the classes of its two Adams into the parameter groups, and so into
-    checkpoints.
+    """`cpu_offloading/hybrid_optimizer.py` stores the classes of its two Adams in the parameter groups, and so in checkpoints.
 
     `torch.load` with weights_only does not read classes (`WeightsUnpickler error: Unsupported global`), so no run could be
-    resumed. The loading optimizer sets its own classes.
+    resumed. The fix leaves them out of the state: the loading optimizer sets its own classes.
     """
     if hasattr(cls, "_etr_original_state_dict"):
         return
@@ -55,8 +54,8 @@ def _mend_offloaded_optimizer(cls: Any) -> None:
 
 
 def _mend_latent_attention() -> None:
-    """Without TE, `transformer/multi_latent_attention.py` imports stand-ins for its classes and believes it is there; no layer
-    can be built (`TypeError: isinstance() arg 2 must be a type`)."""
+    """Without TE, `transformer/multi_latent_attention.py` imports stand-ins for TE's classes and still sets HAVE_TE. So no
+    layer can be built (`TypeError: isinstance() arg 2 must be a type`)."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer import multi_latent_attention
 
@@ -106,11 +105,12 @@ def _mend_distributed_optimizer(cls: Any) -> None:
 
 
 def _mend_step_of_optimizers_without_parameters() -> None:
-    """A checkpoint takes Adam's step from rank 0's optimizers, but one may have no parameters there, and so no step.
+    """A checkpoint takes Adam's step from rank 0's optimizers, but an optimizer without parameters there has no step.
 
-    Experts have a separate optimizer, which has no parameters on a pipeline stage without experts. Their step is silently lost:
-    after a resume, Adam's bias correction restarts at the first step. (Without TE the distributed optimizer's `state_dict`
-    fails: `assert len(steps) == 1`.) The fix takes the step of the rank's other optimizer.
+    Experts have a separate optimizer, which has no parameters on a pipeline stage without experts. If rank 0 is on such a
+    stage, the experts' step is silently lost: after a resume, Adam's bias correction restarts at the first step. (Without TE
+    the distributed optimizer's `state_dict` fails: `assert len(steps) == 1`.) The fix takes the step of the rank's other
+    optimizer.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -134,7 +134,7 @@ def _mend_step_of_optimizers_without_parameters() -> None:
 
 
 def _step_in(places: Iterable[dict[str, Any]]) -> int | None:
-    """Adam's step, common to all parameters: torch stores it with each one's moments, TE and apex in the parameter groups."""
+    """Adam's step, which all parameters share. Torch stores it with each parameter's moments, TE and apex in the groups."""
     return next((int(place["step"]) for place in places if "step" in place), None)
 
 
@@ -150,7 +150,8 @@ def _complete_step(state: dict[str, Any], step: int, in_groups: bool) -> None:
 def _mend_bf16_optimizers_without_parameters() -> None:
     """`optimizer.py` stores an empty list of fp32 weights for the whole model if rank 0's optimizer has no parameters.
 
-    No rank can then load its own: `Cannot merge two lists with different lengths`. See above for when that happens.
+    No rank can then load its weights: `Cannot merge two lists with different lengths`. When this happens is said at
+    `_mend_step_of_optimizers_without_parameters`.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as cls
 

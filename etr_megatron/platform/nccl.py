@@ -1,9 +1,9 @@
-"""What NCCL and torch's groups on it read from the environment where training ranks and servers share groups.
+"""Environment variables of NCCL and of torch's NCCL groups, for process groups that training ranks and servers share.
 
-A server may die, which the job survives. By default it would not: the watchdog of a torch group ends its process a minute after
-an operation has failed, even if the failure was caught and the group aborted; and it signals the monitor of the process's first
-NCCL group to write its flight record, after which that one ends the process, too. (torch 2.11, ProcessGroupNCCL.cpp:
-`Watchdog::runLoop`, `WorkNCCL::handleException` and `HeartbeatMonitor::runLoop`.)
+The job must survive the death of a server. With torch's defaults it does not: when an operation has failed, two threads end the
+process, even if the error was caught and the group aborted. The group's watchdog does so after a minute. It also signals the
+monitor of the process's first NCCL group to write its flight record, and that monitor then ends the process too. (torch 2.11,
+ProcessGroupNCCL.cpp: `Watchdog::runLoop`, `WorkNCCL::handleException` and `HeartbeatMonitor::runLoop`.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SHARED = {
-    # As SGLang sets it for its workers: processes of one machine that differ in it cannot connect. It holds for training's
-    # groups as well, which then do without what NCCL builds on it, such as NVLS.
+    # SGLang sets this for its workers. Processes of one machine must agree on it to connect. It also applies to the groups of
+    # training, which then cannot use NCCL's features that build on it, such as NVLS.
     "NCCL_CUMEM_ENABLE": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the first group of the process does not heed signals to write its record
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the monitor of the first group ignores signals to write its record
 }
 _SURVIVING = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # the watchdog reports an error and goes on
@@ -28,7 +28,8 @@ _lock = threading.Lock()
 
 
 def prepare_for_groups_with_servers() -> None:
-    """Set what this process and the servers that it starts need before their first NCCL group, unless the user has set it."""
+    """Set the variables that this process and the servers it starts need before their first NCCL group. Keeps variables that
+    the user has set."""
     for name, value in _SHARED.items():
         os.environ.setdefault(name, value)
 
@@ -37,10 +38,10 @@ def prepare_for_groups_with_servers() -> None:
 def outliving_failures() -> Iterator[None]:
     """NCCL groups that are formed in this context do not end the process when an operation on them fails.
 
-    Whoever waits for the operation gets the error, and has to close the group. Groups read the environment as they are formed;
-    those of training keep torch's default, which ends a rank whose collective hangs.
+    The code that waits for the operation gets the error, and has to close the group. A group reads the environment when it is
+    formed. The groups of training keep torch's default, which ends a rank whose collective hangs.
     """
-    with _lock:  # else a thread that leaves could restore what another one has set
+    with _lock:  # otherwise a thread that leaves could reset the variables that another thread has set
         before = {name: os.environ.get(name) for name in _SURVIVING}
         os.environ.update(_SURVIVING)
         try:

@@ -1,4 +1,4 @@
-"""Deadlines that name the missing ranks: ranks meet at the start of every phase of a step."""
+"""Barriers at the start of every phase of a step. On a timeout the error names the missing ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 class StopAskedError(RuntimeError):
-    """Some rank was told to stop (see `StopRequest`); raised on every rank, at the same meeting."""
+    """A rank was asked to stop (see `StopRequest`). Raised on every rank, at the same meeting."""
 
 
 class Phases:
@@ -21,7 +21,7 @@ class Phases:
     phases = Phases(timeout_s=1800, must_stop=request)
     phases.meet("rollout of step 12")
 
-    must_stop: whether this rank was told to stop.
+    must_stop: whether this rank was asked to stop.
     """
 
     def __init__(self, timeout_s: float, must_stop: Callable[[], bool] = lambda: False) -> None:
@@ -31,14 +31,15 @@ class Phases:
         self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def stop_asking(self) -> None:
-        """Stop raising StopAskedError: every rank knows that the run stops, and ranks meet only to save."""
+        """Stop raising StopAskedError. Call it when every rank knows that the run stops, and ranks meet only to save."""
         self._stopping = True
 
     def meet(self, phase: str, within_s: float | None = None) -> None:
         """Wait for every rank to arrive, for at most `within_s` seconds (default: `timeout_s`).
 
-        Raises TimeoutError if some ranks did not arrive in time and ConnectionError if they are gone, with the phase, the ranks
-        and the seconds waited; StopAskedError, only once, if a rank must stop: afterwards ranks can still meet to save.
+        Raises, with the phase, the ranks and the seconds waited, TimeoutError if some ranks did not arrive in time, and
+        ConnectionError if they are gone. Raises StopAskedError if a rank must stop, but only once, so that ranks can still meet
+        to save.
         """
         start = time.monotonic()
         timeout = self._timeout if within_s is None else datetime.timedelta(seconds=within_s)
@@ -54,7 +55,7 @@ class Phases:
 
     def _failure(self, phase: str, waited_s: float, timeout: datetime.timedelta, said: str) -> TimeoutError | ConnectionError:
         missing = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
-        # Rank 0's error only names the ranks it did not hear from. Before the deadline, that means closed connections.
+        # Rank 0's error names the ranks that did not arrive. If it comes before the deadline, connections were closed.
         if waited_s < 0.99 * timeout.total_seconds() or "closed by peer" in said or "reset by peer" in said:
             who = f"rank {missing[1]}" if missing else "rank 0, which may have lost another"
             return ConnectionError(

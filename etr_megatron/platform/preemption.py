@@ -1,8 +1,8 @@
 """SIGTERM asks a rank to stop at the next point where the run can be saved, within a grace period.
 
 A scheduler that preempts a machine sends SIGTERM and, a while later, SIGKILL. Python runs signal handlers between its own
-bytecode instructions, so a rank blocked inside a collective would not notice. The handler's C part, however, writes to a socket
-at once, and a thread that reads it ends the rank when the grace period is over, whatever it waits for.
+bytecode instructions, so a rank blocked inside a collective would not notice. But the C part of the handler writes to a socket
+at once. A thread reads this socket, and ends the rank when the grace period is over, even if it is blocked.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.2
-"""Seconds between checks, on a rank that was told to stop, whether another rank has given up the run."""
+"""Seconds between checks, on a rank that was asked to stop, whether another rank has given up the run."""
 
 _REPORT_S = 10.0
-"""Longest time that the error of a rank waits until its SIGTERM was reported."""
+"""Most seconds that `wait_until_reported` waits."""
 
 
 class StopRequest:
-    """Tells whether this rank was asked to stop, when called: `request()`."""
+    """A callable: `request()` returns whether this rank was asked to stop."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
@@ -40,17 +40,17 @@ class StopRequest:
         return self._asked.is_set() or any(other() for other in self._others)
 
     def heed(self, other: Callable[[], bool]) -> None:
-        """Also heed `other`, which tells whether a process without a rank was sent SIGTERM."""
+        """Also call `other`, which returns whether a process without a rank (a server node) received SIGTERM."""
         self._others.append(other)
 
     @property
     def is_own(self) -> bool:
-        """Whether a SIGTERM has arrived here."""
+        """Whether this process itself received SIGTERM."""
         return self._asked.is_set()
 
     def report_to(self, told: Callable[[], None], late: Callable[[], int | None]) -> None:
-        """told: called once after a SIGTERM, even one that has already come. late: called when the grace is over; returns the
-        exit code, None for 128 + SIGTERM. Both in a separate thread, which does not look at the time meanwhile."""
+        """told: called once after a SIGTERM, even if it has already arrived. late: called when the grace period is over;
+        returns the exit code, None for 128 + SIGTERM. Both run in the watching thread, which cannot end the rank meanwhile."""
         self._told, self._late = told, late
 
     def wait_until_reported(self) -> None:
@@ -60,12 +60,12 @@ class StopRequest:
 
     @contextmanager
     def on_sigterm(self, grace_s: float, given_up: Callable[[], int | None] = lambda: None) -> Iterator[StopRequest]:
-        """Inside the block, SIGTERM sets the request and, `grace_s` seconds later, exits the process with 128 + SIGTERM, unless
-        `report_to` has another code.
+        """Inside the block, SIGTERM sets the request. `grace_s` seconds later the process exits, with the code that `late` of
+        `report_to` returns, or with 128 + SIGTERM. Must be entered in the main thread.
 
-        grace_s: 0 leaves SIGTERM handling unchanged. given_up: returns an exit code if another rank has given up the run, after
-        which torchrun also sends SIGTERM; the process then exits with it without waiting. Called in a separate thread. Must be
-        entered in the main thread. Further signals have no effect: a scheduler and torchrun may both send one.
+        grace_s: 0 leaves SIGTERM handling unchanged. given_up: called in a separate thread; returns an exit code if another
+        rank has given up the run, after which torchrun sends SIGTERM too. The process then exits with this code without
+        waiting. Further signals have no effect, because a scheduler and torchrun may both send one.
         """
         if grace_s <= 0:
             yield self
@@ -73,7 +73,8 @@ class StopRequest:
         reading, writing = socket.socketpair()
         writing.setblocking(False)
         finished = threading.Event()
-        # The wakeup byte is the message. The handler is there only while bytes are written: no signal gets lost in between.
+        # The wakeup byte is the message. The handler itself does nothing, but without one SIGTERM would end the process. It is
+        # set after the wakeup socket and removed before it, so that no signal is lost in between.
         wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s, given_up), name="sigterm", daemon=True)

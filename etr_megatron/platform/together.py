@@ -1,4 +1,4 @@
-"""Work that every rank does a part of, and that fails on all ranks if it fails on one."""
+"""Work of which every rank does a part. If it fails on one rank, it fails on all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on every rank of the group (None: all), wait for the others and return this rank's result. A collective.
 
-    Raises this rank's own error or, if only others failed, the first of theirs: a UserError or StopAskedError as such, a full
-    disk as OSError, anything else as RuntimeError. Without torch.distributed it only runs `work`.
+    Raises this rank's own error. If only others failed, raises the error of the first of them: a UserError or StopAskedError
+    with its class, a full disk as OSError, anything else as RuntimeError. Without torch.distributed it only runs `work`.
     """
     if not dist.is_initialized():
         return work()
@@ -37,14 +37,14 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
 
 
 def for_others(error: Exception, *, as_it_is: bool = False) -> Exception:
-    """The error in a form that can be pickled to ranks that lack its class.
+    """The error in a form that can be pickled and sent to other ranks, which may not be able to import its class.
 
-    as_it_is: unchanged if these have its class, which is Python's or of this package, and it survives pickling: for callers
-    that tell errors apart by their class.
+    as_it_is: keep the error unchanged if its class is a builtin or of this package and it survives pickling, for callers that
+    distinguish errors by class.
     """
     if as_it_is and _travels(error):
         return error
-    if isinstance(error, UserError):  # before the next: it may have been raised from a full disk's
+    if isinstance(error, UserError):  # first: its cause may be the OSError of a full disk
         return UserError(str(error))
     full = disk_full_behind(error)
     if full is not None:
@@ -55,11 +55,11 @@ def for_others(error: Exception, *, as_it_is: bool = False) -> Exception:
 
 
 def _travels(error: Exception) -> bool:
-    """Whether the error is the same when it was pickled: one whose class takes other arguments than a text is not."""
+    """Whether the error is the same after pickling. It is not if its class takes other arguments than a text."""
     if type(error).__module__.partition(".")[0] not in ("builtins", "etr_megatron"):
         return False
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever the class does, or what the error carries
+    except Exception:  # the class, or an object in the error, may fail in any way
         return False
     return type(copy) is type(error) and str(copy) == str(error)

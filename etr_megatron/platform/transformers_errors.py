@@ -1,4 +1,4 @@
-"""Report in one sentence a model that transformers cannot build; it reads more of config.json than the policy does."""
+"""Errors of transformers as one sentence. It reads more of config.json than the policy does, and may fail to build a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool's handle of one worker process: non-blocking pipes, requests in flight, and the clock of the first one."""
+"""A pool's handle of one worker process: non-blocking pipes, requests in flight, and the times for their deadlines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _CLOSE_GRACE_S = 1.0
 
 @dataclass(slots=True)
 class Job:
-    """A request in flight. key: the caller's name for it. crashes: workers that ended while they had it, or of one that answers
-    in order, at it. sent: when its last piece was written; until then, when anything was (`time.monotonic()`)."""
+    """A request in flight. key: the caller's name for it. crashes: number of workers that ended while they worked on it (a
+    concurrent worker works on all its requests). sent: `time.monotonic()` when a piece of it was last written to the worker."""
 
     key: int
     line: bytes
@@ -32,12 +32,12 @@ class Job:
 class WorkerProcess:
     """A started worker. Not thread-safe; the pool's calling thread drives it.
 
-    concurrent: whether it works on all its requests at once; else on one after the other. Known once it is ready.
-    inflight: jobs written or queued for writing, by key, in that order.
-    head_since: `time.monotonic()` at which the worker could begin with the first of them: when the previous reply arrived, or
-        when the last piece of the request was written; once a long reply arrives in pieces, when the latest one did. None
-        without jobs; startup does not count against the time limit.
-    heard: when anything of a reply arrived last.
+    concurrent: whether it works on all its requests concurrently, or on one after the other. Known once it is ready.
+    inflight: jobs that were written or are queued for writing, by key, in this order.
+    head_since: start of the time limit of the first job, as `time.monotonic()`; None without jobs. It is the time when the
+        previous reply arrived or the last piece of the request was written, whichever is later. While a long reply arrives in
+        pieces, it is the time of the latest piece. Startup does not count against the time limit.
+    heard: when a piece of a reply last arrived.
     """
 
     def __init__(self, module: str, config: str) -> None:
@@ -100,7 +100,7 @@ class WorkerProcess:
         for job in reversed(self.inflight.values()):
             if left <= 0:
                 break
-            job.sent = now  # of a long request, the worker has only now got this piece
+            job.sent = now  # a long request is written in pieces
             left -= len(job.line)
         else:
             self.head_since = now
@@ -122,7 +122,7 @@ class WorkerProcess:
             self.heard = time.monotonic()
         if self._incoming.find(b"\n", known) < 0:
             if len(self._incoming) > known and self.inflight:
-                self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
+                self.head_since = time.monotonic()  # the reply has begun, and is longer than the pipe's buffer
             return [], ended
         *lines, rest = bytes(self._incoming).split(b"\n")
         self._incoming = bytearray(rest)
@@ -141,7 +141,7 @@ class WorkerProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def end_input(self) -> None:
-        """Let the worker exit by itself, once it has nothing to do."""
+        """Close the worker's input, so that it exits by itself when it is idle."""
         self._stdin.close()
 
     def close(self, deadline: float) -> bool:
@@ -163,7 +163,7 @@ def close_all(processes: list[WorkerProcess]) -> None:
 
 
 def kill_all(processes: list[WorkerProcess]) -> list[str]:
-    """SIGKILL processes that still run, and what they have started; returns how each ended."""
+    """SIGKILL processes that still run, with all their descendants; returns how each process ended."""
     kill_trees([process.pid for process in processes])
     return [process.reap() for process in processes]
 

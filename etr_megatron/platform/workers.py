@@ -24,8 +24,8 @@ MAX_CRASHES = 2
 """A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
 
 _GRACE_S = 10.0
-"""After its time limit, an event loop has this long to say that a call was late, or anything else, before its process counts as
-blocked."""
+"""Seconds after a call's time limit in which a concurrent worker must report that the call was late, or send anything else. If
+it does not, its event loop counts as blocked."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ _PIPES = 2
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A request without a reply: it was late, and `how` says what was done about it, or it crashed `MAX_CRASHES` workers, the
-    last one as `how` says."""
+    """A request without a reply. how: for "timeout", what was done about it; for "crash" (of `MAX_CRASHES` workers), how the
+    last worker ended."""
 
     why: Literal["timeout", "crash"]
     how: str
 
 
 class WorkerPool:
-    """Worker processes and the requests given to them. They die with this process, however it ends.
+    """Worker processes and their requests. The workers die with this process, even after a kill -9.
 
-    Not thread-safe, but may be used from different threads one after the other: everything happens in the calls, without
-    threads or signals. A worker that cannot be started, or cannot load the user's function, is a UserError.
+    Not thread-safe, but may be used from different threads one after the other: all work is done in the method calls, without
+    threads or signals. Raises UserError if a worker cannot be started, or cannot load the user's function.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class WorkerPool:
     ) -> None:
         """Start `config.workers` processes and wait until they are ready.
 
-        module: what they run, with `worker_main.serve`. section: the config's name, for messages.
-        worker: what messages call one of them, with its article.
-        ahead: requests that a worker may have at a time while it answers one after the other; more than one hides the pipe's
-            latency. One that answers them at once may have `config.concurrency`.
+        module: the module that they run, which calls `worker_main.serve`. section: the config's name, for messages.
+        worker: name of a worker in messages, with its article.
+        ahead: most requests in flight at a worker that answers one after the other; more than one hides the pipe's latency. A
+            concurrent worker may have `config.concurrency`.
         """
         self._module, self._section, self._config = module, section, config
         self._worker, self._ahead = worker, ahead
@@ -65,7 +65,7 @@ class WorkerPool:
         self._selector = selectors.DefaultSelector()
         self.workers: list[WorkerProcess] = []
         self._pending: deque[Job] = deque()
-        self._suspects: deque[Job] = deque()  # each for a worker that has nothing else
+        self._suspects: deque[Job] = deque()  # may have crashed a worker; each goes to an idle worker, alone
         self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
         self.under_way = 0
         allow_open_files(_PIPES * config.workers)
@@ -78,7 +78,7 @@ class WorkerPool:
             raise
 
     def submit(self, requests: Iterable[tuple[int, dict[str, Any]]]) -> None:
-        """Queue requests, each with a key that no other one under way has, and send what can be sent without waiting."""
+        """Queue requests, and send as many as possible without waiting. A key must differ from those of pending requests."""
         jobs = [Job(key, json.dumps({"key": key, "request": request}).encode() + b"\n") for key, request in requests]
         self._pending.extend(jobs)
         self.under_way += len(jobs)
@@ -86,9 +86,9 @@ class WorkerPool:
         self._feed()
 
     def poll(self, timeout_s: float) -> list[tuple[int, dict[str, Any] | Lost]]:
-        """The outcomes since the last call, in the order in which they came: keys with the reply, or why there is none.
+        """The outcomes since the last call, in the order of their arrival: (key, reply or why there is none).
 
-        Waits for the first one for up to `timeout_s`, unless nothing is under way.
+        Waits up to `timeout_s` for the first outcome, unless no request is pending.
         """
         end = time.monotonic() + timeout_s
         is_first = True
@@ -101,7 +101,7 @@ class WorkerPool:
         return outcomes
 
     def forget(self) -> None:
-        """Drop all requests; workers that have one are killed, and replaced when the next request comes."""
+        """Drop all requests. Workers that have one are killed, and replaced at the next `submit`."""
         self._drop([worker for worker in self.workers if worker.inflight])
         self._pending.clear()
         self._suspects.clear()
@@ -139,18 +139,18 @@ class WorkerPool:
     def _step(self, end: float) -> None:
         """Serve the workers once: wait for one of them until `end` or the next deadline."""
         self._feed()
-        # From before reading: a reply that is in the pipe at its deadline is in time, however late it is read.
+        # Taken before reading, so that a reply which is in the pipe at its deadline counts as in time.
         now = time.monotonic()
         for worker in self._wait(now, end):
             self._receive(worker)
         self._enforce_deadlines(now)
 
     def _feed(self) -> None:
-        """Keep ready workers busy; sends fewer requests ahead towards the end, so that all workers finish together."""
+        """Send requests to ready workers. Sends fewer ahead when few are pending, so that all workers finish together."""
         ready = [worker for worker in self.workers if worker.ready]
         while self._suspects and (idle := next((worker for worker in ready if not worker.inflight), None)):
             idle.send(self._suspects.popleft())
-        # The one that will be idle first is left to the next of them; the others go on.
+        # If suspects are left, the worker that will be idle first gets no new requests, so that it can take the next suspect.
         kept = min(ready, key=_load, default=None) if self._suspects else None
         while self._pending:
             ahead = max(1, min(self._ahead, len(self._pending) // (2 * self._config.workers)))
@@ -160,7 +160,7 @@ class WorkerPool:
             min(free, key=_load).send(self._pending.popleft())
 
     def _room(self, worker: WorkerProcess, ahead: int) -> int:
-        """Requests that a worker may have with the next one."""
+        """Most requests that a worker may have in flight."""
         if not worker.concurrent:
             return ahead
         first = next(iter(worker.inflight.values()), None)
@@ -216,15 +216,15 @@ class WorkerPool:
         self._requeue([*self._blamed(jobs[:1], lost), *jobs[1:]])
 
     def _blamed(self, jobs: list[Job], lost: Lost) -> list[Job]:
-        """Count against requests that their worker ended; returns them without those that it was too often, which are lost."""
+        """Add a crash to each of these requests. Those with `MAX_CRASHES` are lost; returns the others."""
         for job in jobs:
             job.crashes += 1
         self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
         return [job for job in jobs if job.crashes < MAX_CRASHES]
 
     def _suspect(self, jobs: list[Job], lost: Lost, what: str) -> None:
-        """Have requests of a lost event loop answered again, each by a worker of its own, as it is not known which of them it
-        was; those of which it is known by now are lost."""
+        """Repeat the requests of a lost concurrent worker, each alone at a worker, as it is not known which one is to blame.
+        Requests with `MAX_CRASHES` are lost instead."""
         self._suspects += self._blamed(jobs, lost)
         if len(jobs) > 1:
             logger.warning(
@@ -248,7 +248,7 @@ class WorkerPool:
                 self._requeue(jobs[1:])
 
     def _requeue(self, jobs: list[Job]) -> None:
-        """Put the jobs that a lost worker did not reach back at the front, and replace the worker."""
+        """Put the jobs that a lost worker had not begun back at the front of the queue, and replace the worker."""
         self._pending.extendleft(reversed(jobs))
         self._fill()
 
@@ -261,7 +261,7 @@ def _load(worker: WorkerProcess) -> int:
 
 
 class FunctionPool:
-    """A `WorkerPool` as the calls of one kind of function: it ends with the `with` block."""
+    """Base class of pools for one kind of user function. The `WorkerPool` is closed at the end of the `with` block."""
 
     _pool: WorkerPool
 

@@ -1,4 +1,4 @@
-"""Which of torchrun's nodes train, and which are set apart for servers: the last ones."""
+"""Which of torchrun's nodes train, and which are dedicated to servers: the last ones."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from etr_megatron.errors import UserError
 
 
 class Place(NamedTuple):
-    """ranks: number of training ranks. apart: this node's index among those set apart, None if it trains."""
+    """ranks: number of training ranks. apart: this node's index among the dedicated server nodes; None if it trains."""
 
     ranks: int
     apart: int | None
 
 
 def number_apart(nodes_apart: int) -> int | None:
-    """This node's index among those set apart, None if it trains; without torchrun it is the only node."""
+    """This node's index among the dedicated server nodes; None if it trains. Without torchrun it counts as the only node."""
     number = int(os.environ.get("GROUP_RANK", "0")) - (int(os.environ.get("GROUP_WORLD_SIZE", "1")) - nodes_apart)
     return number if number >= 0 else None
 
 
 def place_of(nodes_apart: int, nodes_grouped: int = 1) -> Place:
-    """The place of this process, from torchrun's environment variables. nodes_grouped: number of nodes of each server, if every
-    node has a part of one.
+    """The place of this process, from torchrun's environment variables. nodes_grouped: number of nodes that each server spans,
+    if every node runs a part of a server; else 1.
 
-    torchrun numbers ranks node by node, so the training ranks come first, without gaps. Raises UserError if no node would be
-    left to train, if nodes differ in their number of processes, since a node only knows its own, or if they do not divide into
-    groups for servers.
+    torchrun numbers ranks node by node, so the training ranks come first, without gaps. Raises UserError in three cases:
+    - No node would be left to train.
+    - With dedicated nodes, nodes differ in their number of processes: a node only knows its own number.
+    - The number of nodes is not a multiple of `nodes_grouped`.
     """
     world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if nodes % nodes_grouped:
