@@ -16,7 +16,8 @@ AsyncEnvironment = Callable[[EnvironmentRequest], Awaitable[EnvironmentReply]]
 
 
 def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironment:
-    """The environment that `config.function` names, a coroutine function if that is one; it never raises an Exception.
+    """The environment that `config.function` names. It is a coroutine function if the user's function is one, and never raises
+    an Exception.
 
     Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
@@ -62,7 +63,7 @@ def _messages(value: object) -> list[Any]:
 
 
 def _message(one: Any) -> Message:
-    """A message with nothing but its role and content, as `data` takes them. Raises ValueError."""
+    """The message with only its role and content, under the same rules as messages in `data`. Raises ValueError."""
     if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise ValueError("in which a message is not a dict with `role` and `content`, both text")
     message = {"role": str(one["role"]), "content": str(one["content"])}

@@ -12,8 +12,8 @@ from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, Worke
 class EnvironmentPool(FunctionPool):
     """Answers the model's turns in worker processes.
 
-    May be used from different threads one after the other; everything happens in the calls, without threads or signals.
-    Workers die with this process, however it ends.
+    May be used from different threads one after the other: all work is done in the method calls, without threads or signals.
+    Workers die with this process, even after a kill -9.
     """
 
     def __init__(self, config: EnvironmentConfig) -> None:
@@ -30,8 +30,8 @@ class EnvironmentPool(FunctionPool):
         return self._pool.under_way
 
     def submit(self, key: int, request: EnvironmentRequest) -> None:
-        """Ask for a reply, which `poll` returns with `key`; no other request under way may have the same. Never blocks; a free
-        worker begins at once.
+        """Request a reply, which `poll` returns with `key`. The key must differ from those of pending requests. Never blocks; a
+        free worker begins at once.
 
         Raises RuntimeError after `close`.
         """
@@ -40,16 +40,16 @@ class EnvironmentPool(FunctionPool):
         self._pool.submit([(key, asdict(request))])
 
     def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]:
-        """All replies since the last call, in the order in which they came, with their requests' keys.
+        """All replies since the last call, in the order of their arrival, with their requests' keys.
 
-        Waits for the first one for up to `timeout_s`; returns at once if nothing is under way. A call longer than
-        `environment.timeout_s` is cancelled or has its worker killed and replaced; one that crashes two workers is an error.
-        Raises UserError if a replacement cannot load `environment.function`.
+        Waits up to `timeout_s` for the first reply; returns at once if no request is pending. A call that takes longer than
+        `environment.timeout_s` is cancelled, or its worker is killed and replaced; the reply has status "timeout". A call that
+        crashes two workers has status "error". Raises UserError if a replacement cannot load `environment.function`.
         """
         return [(key, self._reply(outcome)) for key, outcome in self._pool.poll(timeout_s)]
 
     def forget(self) -> None:
-        """Drop all requests; no reply to them comes. Workers that have one are killed and replaced."""
+        """Drop all requests; they get no replies. Workers that have one are killed and replaced."""
         self._pool.forget()
 
     def _reply(self, outcome: dict[str, object] | Lost) -> EnvironmentReply:

@@ -10,8 +10,9 @@ from etr_megatron.types import EnvironmentStatus, Message
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentRequest:
-    """A response that waits for a reply. messages: all so far, the model's turn last. answer: the reference answer as in the
-    data. extra: values of `reward.columns`. response_id: `<problem>@<step>/<sample>`, unique in a run but for redrawn ones."""
+    """A response that waits for a reply. messages: all chat messages so far; the last is the model's turn. answer: the
+    reference answer as in the data. extra: values of `reward.columns`. response_id: `<problem>@<step>/<sample>`, unique in a
+    run except that a redrawn response has the same id again."""
 
     messages: list[Message]
     answer: str
@@ -21,12 +22,12 @@ class EnvironmentRequest:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentReply:
-    """What the environment made of a turn.
+    """The environment's answer to a turn.
 
     messages: the reply, at least one message; None if the response ends here.
     status: "ok", "timeout" (the call was cancelled, or its worker killed, at `environment.timeout_s`) or "error" (the function
-        raised, returned something else than a reply, or crashed its process twice). Not "ok" implies that `messages` is None.
-    detail: what went wrong, for people.
+        raised, returned something that is not a reply, or crashed its process twice). `messages` is None unless it is "ok".
+    detail: what went wrong, for people to read.
     """
 
     messages: list[Message] | None

@@ -15,7 +15,7 @@ from etr_megatron.platform.worker_main import serve
 
 
 def load(values: dict[str, Any]) -> Environment | AsyncEnvironment:
-    """What answers a request under this config."""
+    """The function that answers a request under this config."""
     return load_environment(EnvironmentConfig(**values))
 
 

@@ -113,8 +113,8 @@ def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> An
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Bytes of the kept checkpoints plus the one being written, minus the run's existing ones, so that a resumed run is not
-    refused. A checkpoint has weights, fp32 weights if those differ, and two moments."""
+    """Bytes of the kept checkpoints plus the one being written, minus the run's existing checkpoints, so that a resumed run is
+    not refused. A checkpoint has weights, fp32 weights if the weights are not fp32, and Adam's two moments."""
     from etr_megatron.observe import RunDirectory
     from etr_megatron.weights import read_architecture, weights_of
 

@@ -41,13 +41,13 @@ _SAMPLES, _SAMPLE_BYTES = 8, 64 * 1024
 class NodeFacts:
     """One node. Sizes in bytes.
 
-    number: torchrun's GROUP_RANK. clock: its time() right after all ranks met. versions: package -> version, "-" if not
+    number: torchrun's GROUP_RANK. clock: the node's time() right after all ranks met. versions: package -> version, "-" if not
     installed. devices: name of each GPU, empty on CPU. run_dir_free, shm_free: free space for `run.dir` and in /dev/shm.
-    open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" if it did not see it.
-    model: digest of every file of the model. model_error: why the model cannot be used, or "".
-    data: digest of every data file, by config key. data_error: why data or a function of the user's cannot be used, or ""; also
-    "" on nodes that do not train.
-    servers_error: why rollout servers cannot be started there, or ""; also "" on nodes that start none.
+    open_files: limit of this process. token: content of rank 0's file in `run.dir`, "" if the node does not see the file.
+    model: digest of every file of the model, by name. model_error: why the model cannot be used, or "".
+    data: digest of every data file, by config key. data_error: why the data or one of the user's functions cannot be used, or
+    ""; also "" on nodes that do not train.
+    servers_error: why rollout servers cannot be started on this node, or ""; also "" on nodes that start none.
     """
 
     number: int
@@ -72,7 +72,7 @@ class NodeFacts:
 
 
 def collect(config: Config, world_size: int, *, clock: float, token_file: Path) -> NodeFacts:
-    """The facts of this node. token_file: rank 0's file, awaited for at most five seconds."""
+    """The facts of this node. token_file: rank 0's file; this waits at most five seconds for it."""
     import torch
 
     count = torch.cuda.device_count() if config.run.platform == "cuda" else 0
@@ -158,7 +158,8 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
 
 
 def _digest(file: Path) -> str:
-    """Hash of the size and of samples, which takes milliseconds for any size; the first sample has a safetensors header."""
+    """Hash of the size and of samples of the content. It takes milliseconds for any size. The first sample covers the beginning
+    of a safetensors header."""
     size, found = file.stat().st_size, hashlib.sha256()
     found.update(str(size).encode())
     with file.open("rb") as opened:

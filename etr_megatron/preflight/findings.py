@@ -1,4 +1,4 @@
-"""Findings from the facts of all nodes: pure functions, one finding each."""
+"""Findings from the facts of all nodes. Every check is a pure function that returns one finding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from etr_megatron.preflight.facts import NodeFacts
 State = Literal["ok", "warning", "FAILED"]
 
 CLOCK_SKEW_S = 1.0
-"""Up to this skew, times in logs and file systems can be compared."""
+"""Clock skew in seconds up to which times in logs and file systems can be compared."""
 SHM_BYTES = 1 << 30
-"""A container's default /dev/shm of 64 MiB is too small for NCCL and data workers."""
+"""Least /dev/shm. A container's default of 64 MiB is too small for NCCL and data workers."""
 OPEN_FILES = 4096
-"""Enough for a rank's sockets to all others, checkpoints and data."""
+"""Least limit of open files: enough for a rank's sockets to all other ranks, checkpoints and data."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Finding:
 
 
 def findings(nodes: Sequence[NodeFacts], *, token: str, needed_bytes: int) -> list[Finding]:
-    """All findings from the nodes' facts. token: what rank 0 wrote. needed_bytes: space for the run's checkpoints."""
+    """All findings from the nodes' facts. token: content of rank 0's file. needed_bytes: space for the run's checkpoints."""
     return [
         versions(nodes),
         devices(nodes),
@@ -69,7 +69,7 @@ def devices(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def clocks(nodes: Sequence[NodeFacts]) -> Finding:
-    """Clocks agree. They are read right after all ranks met, so the error is at most the time that a barrier takes to end."""
+    """Clocks agree. They are read right after a barrier, so the error is at most the time between ranks leaving the barrier."""
     last, first = max(nodes, key=lambda node: node.clock), min(nodes, key=lambda node: node.clock)
     skew = last.clock - first.clock
     if skew > CLOCK_SKEW_S:
@@ -110,7 +110,7 @@ def _each(
 
 
 def _same(nodes: Sequence[NodeFacts], check: str, files: Callable[[NodeFacts], dict[str, str]]) -> Finding:
-    """Check that the files are the same on all nodes that can read them, judging by samples of their content."""
+    """Check that the files are the same on all nodes that can read them. Compares samples of their content."""
     readable = [node for node in nodes if files(node)]
     names = sorted({name for node in readable for name in files(node)})
     for name in names:

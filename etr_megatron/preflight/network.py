@@ -20,8 +20,8 @@ def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s:
     """All-reduce `size` bytes between the first ranks of every two nodes, in rounds of disjoint pairs, then over the world.
 
     nodes: torchrun's node number of every rank. Returns the findings on every rank. A pair that does not finish within
-    `timeout_s` is reported if the process survives (with gloo it does; NCCL aborts it with its own message). The others wait
-    for it, so the world's deadline must be longer.
+    `timeout_s` is reported if the process survives: with gloo it does; NCCL aborts it with its own message. The other nodes
+    wait for the pair, so the world's timeout must be longer.
     """
     firsts = [nodes.index(number) for number in sorted(set(nodes))]
     speeds: dict[tuple[int, int], float | str] = {}
@@ -40,8 +40,8 @@ def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s:
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Every pair of `count` numbers as (smaller, larger), once each, in the fewest rounds of disjoint pairs: one place is
-    fixed, the others rotate (Kirkman 1847)."""
+    """Every pair of `count` numbers once, as (smaller, larger), in the fewest rounds of disjoint pairs. One place is fixed, and
+    the others rotate (Kirkman 1847)."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     for _ in range(len(places) - 1):
         couples = zip(places[: len(places) // 2], reversed(places), strict=False)
@@ -50,7 +50,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _pair(ranks: tuple[int, int], device: torch.device, size: int, timeout_s: float) -> float | str:
-    """Bytes per second between two ranks, one of which is this one, or an error message."""
+    """Bytes per second between this rank and another one of `ranks`, or an error message."""
     try:
         group = dist.new_group(sorted(ranks), datetime.timedelta(seconds=timeout_s), use_local_synchronization=True)
         try:

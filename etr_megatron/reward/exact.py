@@ -16,7 +16,7 @@ _FRAC = re.compile(
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}\\]*)\}")
 
 APPROXIMATION_DECIMALS = 6
-"""A decimal with at least this many places also equals the fraction that it rounds (0.333333 and 1/3)."""
+"""A decimal with at least this many places also equals a fraction that it is the rounded value of (0.333333 and 1/3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class PlainNumber:
 
 
 def tidy(answer: str) -> str:
-    r"""`answer` without characters that carry no meaning.
+    r"""Remove characters without a meaning from `answer`.
 
-    That is `$`, spaces such as `\,`, `\left` and `\right`, braces in `1{,}000`, an enclosing `\text{}`, and a period at the
-    end. The Unicode minus becomes `-`.
+    These are `$`, spaces such as `\,`, `\left` and `\right`, the braces in `1{,}000`, an enclosing `\text{}`, and a period at
+    the end. The Unicode minus becomes `-`.
     """
     text = answer.replace("−", "-").replace("{,}", ",").replace("\\$", "").replace("$", "")
     text = re.sub(r"(?<!\\)\\(?:(?:left|right)(?![a-zA-Z])|[,!;: ])", "", text)
@@ -42,7 +42,7 @@ def tidy(answer: str) -> str:
 
 
 def plain_number(text: str) -> PlainNumber | None:
-    r"""Parse a whole tidied `text` as a number, else None: `1,000`, `-.5`, `72.0`, `1/2`, `\frac{1}{2}`, `1e-3`, `50%`.
+    r"""Parse a tidied `text` as one number; None if it is not: `1,000`, `-.5`, `72.0`, `1/2`, `\frac{1}{2}`, `1e-3`, `50%`.
 
     Exponents have at most three digits, so that no text yields a number too large to compute with.
     """
@@ -81,8 +81,8 @@ def _decimal(text: str) -> tuple[Fraction, int] | None:
 def same_number(reference: PlainNumber, candidate: PlainNumber) -> bool:
     """Whether two numbers are equal as rationals.
 
-    If only one side has a percent sign, both conventions match: `50%` equals 50 (the question asked "what
-    percentage") and 0.5. A long decimal equals the fraction that it rounds (see APPROXIMATION_DECIMALS).
+    If only one side has a percent sign, both conventions match: `50%` equals 50 (the question asked "what percentage") and
+    0.5. A long decimal equals the fraction that it is the rounded value of (see APPROXIMATION_DECIMALS).
     """
     values = {candidate.value}
     if reference.percent != candidate.percent:
@@ -101,7 +101,7 @@ def _close(reference: PlainNumber, candidate: PlainNumber, value: Fraction) -> b
 
 
 def _terminates(value: Fraction) -> bool:
-    """Whether the decimal expansion ends, so that a rounded form does not count as equal."""
+    """Whether the decimal expansion is finite. If it is, a rounded value does not count as equal."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:

@@ -26,7 +26,7 @@ def boxed(text: str) -> str | None:
 
 
 def _last_box(text: str, start: int, stop: int, closing: dict[int, int]) -> str | None:
-    """`boxed` of `text[start:stop]`; for a box that starts with another box, the inner one."""
+    """`boxed` of `text[start:stop]`. If a box starts with another box, the content of the inner box."""
     found: str | None = None
     position = start
     while (match := _BOXED.search(text, position, stop)) is not None:
@@ -43,7 +43,8 @@ def _last_box(text: str, start: int, stop: int, closing: dict[int, int]) -> str 
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Map each opening brace to its closing one, unless they are too far apart for an answer; ignores escaped braces."""
+    """Position of each opening brace -> that of its closing brace, unless they are too far apart for an answer. Ignores escaped
+    braces."""
     closing: dict[int, int] = {}
     open_at: list[int] = []
     for match in _BRACE.finditer(text):
@@ -59,7 +60,7 @@ def _closing_braces(text: str) -> dict[int, int]:
 def after_hash(text: str) -> str | None:
     """The rest of the line after the last `####`, without a period at its end.
 
-    For a number with a unit in words ("72 dollars"), the number, as in GSM8K's own evaluation.
+    If it is a number with a unit in words ("72 dollars"), only the number, as in GSM8K's own evaluation.
     """
     matches = _HASH.findall(text)
     answer = matches[-1].strip().strip("*").rstrip(".").strip() if matches else ""
@@ -79,7 +80,7 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {"boxed": boxed, "hash": af
 
 
 def extract_answer(text: str, order: Sequence[str]) -> str | None:
-    """The first hit of the extractors named in `order` (`boxed`, `hash`, `last_number`), or None.
+    """The answer of the first extractor in `order` (`boxed`, `hash`, `last_number`) that finds one, or None.
 
     Raises KeyError for an unknown name.
     """
@@ -91,9 +92,9 @@ def extract_answer(text: str, order: Sequence[str]) -> str | None:
 
 
 def reference_answer(text: str, order: Sequence[str]) -> str:
-    r"""The bare reference answer: data such as GSM8K has it after a worked solution and `####`, other data in `\boxed`.
+    r"""The bare reference answer. It follows a worked solution and `####` in data such as GSM8K; other data has `\boxed`.
 
-    A text without a marker is the answer itself. If it has both markers, `order` decides.
+    A text without a marker is the answer itself. In a text with both markers, `order` decides.
     """
     markers = [name for name in order if name != "last_number"]
     markers += [name for name in ("hash", "boxed") if name not in markers]

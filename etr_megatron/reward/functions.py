@@ -17,12 +17,12 @@ Grader = Callable[[GradeRequest], Grade]
 AsyncGrader = Callable[[GradeRequest], Awaitable[Grade]]
 
 ROUNDING = 1e-6
-"""A reward outside its range by at most this fraction of it is clamped: float32 sums have errors of this size."""
+"""A reward outside the range by at most this fraction of the range is clamped: float32 sums have errors of this size."""
 
 
 def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
-    """The grader that `config.function` names, ready to grade (imports done, parsers warmed up); a coroutine function if that
-    is one.
+    """The grader that `config.function` names, ready to grade (imports done, parsers warmed up). It is a coroutine function if
+    the user's function is one.
 
     Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
@@ -32,7 +32,7 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
         symbolic.warm_up()
         return lambda request: _grade_math(request, config)
     function = import_function(config.function)
-    # A fourth positional parameter of that name would be given the columns.
+    # `messages` is passed by name: as a fourth positional parameter it would get the columns.
     named = ("messages",) if has_parameter(function, "messages") else ()
     if not takes(function, 4 if config.columns else 3, named):
         wanted = "three arguments, the prompt, the response and the answer (a fourth is given with reward.columns)"
@@ -62,9 +62,10 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
 
 
 def _grade_of(value: Any, config: RewardConfig) -> Grade:
-    """The grade that a user's function returned; anything else than a reward gets status "error", and the run continues.
+    """The grade from the value that a user's function returned. A value that is not a reward gets the status "error" or
+    "out_of_range".
 
-    Of a dict, as verl's scorers return, `score` is the reward, and other numbers are the grade's parts.
+    In a dict, as verl's scorers return it, `score` is the reward, and other numbers become the grade's parts.
     """
     parts: dict[str, float] = {}
     if isinstance(value, Mapping):
@@ -94,7 +95,7 @@ def _single_turn(request: GradeRequest) -> list[Message]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a finite number of Python's or numpy's."""
+    """Whether the value is a finite number, of Python or numpy."""
     try:
         return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:  # an integer beyond a float's range

@@ -11,7 +11,7 @@ from etr_megatron.types import Message, RewardStatus
 @dataclass(frozen=True, slots=True)
 class GradeRequest:
     """One response to grade. prompt: the user's message. answer: the reference answer as in the data. extra: values of
-    `reward.columns`. messages: with an environment, all of the prompt and the response; else empty."""
+    `reward.columns`. messages: with an environment, all chat messages of prompt and response; else empty."""
 
     prompt: str
     response: str
@@ -28,8 +28,8 @@ class Grade:
     status: "ok" (graded, right or wrong), "timeout" (the call was cancelled, or the grader killed, at `reward.timeout_s`),
         "error" (the reward function failed, or crashed its process twice), or "out_of_range" (its reward was outside the
         configured range).
-    detail: what was compared, or what went wrong; for people.
-    parts: further numbers of the user's function, by name.
+    detail: what was compared, or what went wrong; for people to read.
+    parts: further numbers that the user's function returned, by name.
     """
 
     reward: float

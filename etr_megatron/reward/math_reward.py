@@ -15,7 +15,7 @@ class UnusableReferenceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """correct: whether the answers are equal. detail: what was compared, for people."""
+    """correct: whether the answers are equal. detail: what was compared, for people to read."""
 
     correct: bool
     detail: str
@@ -43,7 +43,7 @@ def judge(response: str, answer: str, config: RewardConfig) -> Verdict:
 
 
 def equal(reference: str, candidate: str) -> bool:
-    """Whether two answers mean the same. Two plain numbers are decided exactly; math-verify sees everything else."""
+    """Whether two answers are equal. Two plain numbers are compared exactly, everything else by math-verify."""
     reference, candidate = tidy(reference), tidy(candidate)
     if reference == candidate:
         return True

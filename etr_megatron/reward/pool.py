@@ -1,4 +1,4 @@
-"""A pool of grader processes: keeps order, and turns what a worker did to an answer into its grade."""
+"""A pool of grader processes. Keeps the order of requests, and turns timeouts and crashes of workers into grades."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class GraderPool(FunctionPool):
         with GraderPool(config.reward) as pool:
             grades = pool.grade([GradeRequest(prompt, response, answer), ...])
 
-    Works from any thread (it uses no signals); concurrent calls of `grade` take turns. Workers die with this process,
-    however it ends.
+    May be used from any thread (it uses no signals); concurrent calls of `grade` run one after the other. Workers die with this
+    process, even after a kill -9.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -38,8 +38,8 @@ class GraderPool(FunctionPool):
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade per request, in the order of the requests.
 
-        An answer that takes longer than `timeout_s` has its call cancelled, or its worker killed and replaced, and gets
-        `range_min` with status "timeout"; one that crashes two workers gets `range_min` with status "error".
+        If an answer takes longer than `timeout_s`, its call is cancelled, or its worker is killed and replaced; it gets
+        `range_min` with status "timeout". An answer that crashes two workers gets `range_min` with status "error".
         Raises UserError if a replacement cannot load `reward.function`, RuntimeError after `close`.
         """
         with self._lock:
@@ -51,13 +51,13 @@ class GraderPool(FunctionPool):
                 while self._pool.under_way:
                     grades |= {index: self._grade(outcome) for index, outcome in self._pool.poll(_POLL_S)}
             except BaseException:
-                # Replies still in flight belong to this call; a later call must not take them for its own.
+                # Replies still in flight belong to this call, and must not reach a later call.
                 self._pool.forget()
                 raise
             return [grades[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        """End all workers and wait for them, after the round in progress if another thread grades. Idempotent."""
+        """End all workers and wait for them. If another thread is in `grade`, waits until it has finished. Idempotent."""
         with self._lock:
             self._pool.close()
 

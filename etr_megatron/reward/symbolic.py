@@ -9,7 +9,7 @@ These measures keep model output away from `eval`, which `sympy.sympify` and `pa
 3. While an answer is being compared, an audit hook refuses to compile or run code from a string, start processes or
    connect sockets, whatever the caller. Hooks cannot be removed: another reason to stay out of the trainer's process.
 
-The pool handles an answer that takes forever (`9^{9^{9}}`) or exhausts memory: it kills the process.
+If an answer takes forever (`9^{9^{9}}`) or exhausts memory, the pool kills the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RefusedError(RuntimeError):
 
 
 def _parse_literal(text: str, *_args: Any, **_kwargs: Any) -> sympy.Expr:
-    """Replaces `sympy.parse_expr`; accepts only decimal literals and names (from which SymPy creates its own units)."""
+    """Replaces `sympy.parse_expr`; accepts only decimal literals and names (SymPy creates its own units from names)."""
     text = text.strip()
     if _NAME.fullmatch(text):
         return sympy.Symbol(text)
@@ -56,8 +56,8 @@ _comparing = False
 _REFUSED_EVENTS = frozenset(
     {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect"}
 )
-# Modules that generate code themselves, from class and variable counts or constants, never from an answer. `lambdify` is not
-# among them: SymPy uses it for roots without a closed form, which therefore only equal an identical text.
+# Modules that generate code from class and variable counts or constants, never from an answer. `lambdify` is not among them:
+# SymPy uses it for roots without a closed form, so an answer with such roots equals only an identical text.
 _TRUSTED_WRITERS = frozenset({"collections", "dataclasses", "sympy.abc", "sympy.polys.monomials"})
 
 
@@ -79,7 +79,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 for _name in ("math_verify", "latex2sympy2_extended"):
-    # They warn about their disabled timeouts, which is intended, and about every text they cannot parse.
+    # These libraries warn about their timeouts, which are disabled on purpose, and about every text that they cannot parse.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
@@ -98,7 +98,7 @@ def symbolically_equal(reference: str, candidate: str) -> bool:
     """Whether math-verify finds `candidate` equal to `reference` (expressions, sets, intervals, matrices, equations).
 
     Both are LaTeX without delimiters; the caller bounds their length. Text that does not parse equals only itself.
-    Some inputs never return; the pool's time limit ends them.
+    For some inputs this never returns; the pool's time limit ends them.
     """
     with comparing():
         return bool(math_verify.verify(_parse(reference), _parse(candidate), timeout_seconds=None))
@@ -110,7 +110,8 @@ def _parse(latex: str) -> list[Any]:
 
 
 def warm_up() -> None:
-    """Build grammars and regular expressions and import lazy parts of SymPy, outside the first answer's time limit.
+    """Build grammars and regular expressions, and import lazy parts of SymPy, so that this does not count against the time
+    limit of the first answer.
 
     Raises RuntimeError if math-verify does not recognize equal answers.
     """

@@ -18,7 +18,7 @@ MATH_MEMORY_BYTES = 2 * 2**30
 
 
 def load(values: dict[str, Any]) -> Grader | AsyncGrader:
-    """What grades a request under this config."""
+    """The function that grades a request under this config."""
     config = RewardConfig(**values)
     if config.function == "math":
         _limit_memory()
