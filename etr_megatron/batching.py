@@ -1,4 +1,4 @@
-"""Turn rewarded groups into policy batches: everything that needs a whole group happens here, before any split."""
+"""Turn rewarded groups into policy batches. Everything that needs whole groups is computed here, before batches are split."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def sequences_of(groups: Sequence[Group]) -> tuple[TokenSequence, ...]:
 
 
 def is_trained(sample: Sample, config: Config) -> bool:
-    """Whether the loss covers the sample: `objective.mask_truncated` leaves out what was cut off, and a dialogue that a failed
-    call ended says nothing about the policy (nor does it count in its group's statistics)."""
+    """Whether the loss covers the sample. Truncated samples are left out with `objective.mask_truncated`. Dialogues that a
+    failed call ended are always left out, also from their group's statistics: they say nothing about the policy."""
     if sample.call_failed:
         return False
     return not (config.objective.mask_truncated and sample.finish_reason == "length")
@@ -75,11 +75,11 @@ def build_batch(
     reference: TokenLogprobs | None,
     routing: StepRouting | None = None,
 ) -> PolicyBatch:
-    """All samples of a step with what the loss needs; aggregation weights treat the step as one batch.
+    """All samples of a step with the inputs of the loss. The aggregation weights are those of the step as one batch.
 
     The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: log-probs of the
     groups' sequences; reference is None unless the objective has a KL term. routing: see `PolicyBatch`. Raises ValueError for
-    a reward outside the declared range.
+    a reward outside the configured range.
     """
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
@@ -128,8 +128,8 @@ def build_batch(
 
 
 def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> list[PolicyBatch]:
-    """The step's batch as `train.minibatches` batches of whole groups, each with its own denominator and without samples that
-    the loss does not cover."""
+    """Split the step's batch into `train.minibatches` batches of whole groups. Each has its own denominator. Samples that the
+    loss does not cover are left out."""
     trained = [is_trained(sample, config) for group in groups for sample in group.samples]
     ends = torch.tensor([len(group.samples) for group in groups]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
@@ -137,7 +137,7 @@ def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> 
     parts = []
     for first in range(0, len(groups), per_update):
         whole = range(starts[first], ends[first + per_update - 1])
-        numbers = [i for i in whole if trained[i]] or list(whole)  # an update needs samples, even if none has weight
+        numbers = [i for i in whole if trained[i]] or list(whole)  # an update needs samples, even if all have weight 0
         lengths = [batch.sequences[i].rows for i in numbers]
         parts.append(batch.select(numbers, _weights(lengths, [trained[i] for i in numbers], config)))
     return parts
@@ -152,7 +152,7 @@ def _trained_rewards(
 ) -> list[float]:
     """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward".
 
-    lengths: of the whole responses, which the limit of the overlong penalty is for; the KL is of drawn tokens.
+    lengths: tokens of the whole responses, which the overlong penalty limits. The KL covers only tokens that the model drew.
     """
     objective, limit = config.objective, config.rollout.max_response_tokens
     buffer, factor = config.reward.overlong_buffer, config.reward.overlong_penalty
@@ -185,7 +185,8 @@ def _bounds(config: Config) -> ElasticBounds:
 
 
 def _weights(lengths: Sequence[int], trained: Sequence[bool], config: Config) -> torch.Tensor:
-    """Aggregation weights [N]; 0 for samples that are not `trained`, which no denominator counts. lengths: loss rows."""
+    """Aggregation weights [N]. Samples that are not `trained` have weight 0 and do not count in the denominator. lengths:
+    number of tokens of each sample that the loss covers."""
     objective = config.objective
     weight, covered = torch.zeros(len(lengths)), torch.tensor(trained)
     counted = [length for length, is_covered in zip(lengths, trained, strict=True) if is_covered]

@@ -1,4 +1,4 @@
-"""Check in one process, before any rank is started, that the functions a user names can be imported and called.
+"""Check in one process, before any rank is started, that the user's functions can be imported and called.
 
 Every check raises UserError, which names the key, its value and the fix.
 """

@@ -53,7 +53,8 @@ def check_inputs(config: Config, world_size: int) -> None:
 def check_server_node(config: Config, world_size: int) -> None:
     """Check the inputs of a dedicated server node: servers need the model and their own environment.
 
-    The run directory is not checked: the run may be in progress when such a node restarts. world_size: training ranks.
+    The run directory is not checked, because the run may be in progress when a server node restarts. world_size: number of
+    training ranks.
     """
     refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
@@ -62,8 +63,8 @@ def check_server_node(config: Config, world_size: int) -> None:
 def beside_inputs() -> Iterator[None]:
     """Extend an InvalidConfigError raised inside the block with the problems of the config's inputs.
 
-    Runs quick checks only: a user with a misspelled key should not wait for the data to be read. Skips checks that depend on a
-    key that is itself wrong.
+    Runs only quick checks, so that a user with a misspelled key does not wait until the data is read. Skips checks that depend
+    on a wrong key.
     """
     try:
         yield
@@ -134,7 +135,7 @@ def check_model_is_there(config: Config) -> None:
 
 
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
-    """Check that the model fits the parallel layout, that a dense model has no MoE options, and the targets of adapters."""
+    """Check that the model fits the parallel layout and `lora.targets`, and that MoE options are not set for a dense model."""
     parallel = config.parallel
     check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
     if architecture.value_dim != architecture.head_dim and parallel.cp > 1 and parallel.cp_comm == "a2a":
@@ -154,7 +155,7 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
 
 
 def check_adapters(architecture: Architecture, config: Config) -> None:
-    """Check that the model has what `lora.targets` names, and that every pipeline stage has some of it."""
+    """Check that the model has the layers that `lora.targets` names, and that every pipeline stage has some of them."""
     from etr_megatron.weights import LowRank, TrainingLayout
 
     if low_rank := LowRank.of(config.lora):
@@ -165,7 +166,7 @@ def check_adapters(architecture: Architecture, config: Config) -> None:
 
 
 def check_context(architecture: Architecture, config: Config) -> None:
-    """Check that the longest sample fits in the model's context; the config's rules check the tiny one."""
+    """Check that the longest sample fits in the model's context. (The config's rules do this for the tiny model.)"""
     model, prompt = config.model.path, config.data.max_prompt_tokens
     for key, response in response_limits(config).items():
         if model != "tiny" and architecture.max_positions < prompt + response:
@@ -176,7 +177,7 @@ def check_context(architecture: Architecture, config: Config) -> None:
 
 
 def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: int, parallel: ParallelConfig) -> None:
-    """Check that attention splits over `tp`; with more ranks than key/value heads, neighboring ranks share one."""
+    """Check that attention splits over `tp`. With more ranks than key/value heads, neighboring ranks share a head."""
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
@@ -239,8 +240,8 @@ def check_stages(model: str, layers: int, parallel: ParallelConfig) -> None:
 
 
 def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig, tp: int) -> None:
-    """Check that experts split over `parallel.ep`, each expert over `parallel.etp` and a shared one over `tp`, the resolved
-    `parallel.tp`."""
+    """Check that experts split over `parallel.ep`, each expert over `parallel.etp`, and a shared expert over `tp`. tp: the
+    resolved `parallel.tp`."""
     ep, etp = parallel.ep, tp if parallel.etp is None else parallel.etp
     if experts is None:
         if ep > 1:
@@ -276,7 +277,7 @@ def check_routing(model: str, experts: Experts, config: Config) -> None:
             "false"
         )
     if config.train.moe_aux_loss_coef and experts.expert_bias:
-        # Megatron's loss judges the choice that there would be without the biases.
+        # Megatron computes this loss from the experts that would be chosen without the biases.
         raise UserError(
             f"{model} balances its experts by a bias per expert, which train.moe_aux_loss_coef would work against; set it to 0"
         )
@@ -297,8 +298,8 @@ def check_without_experts(model: str, config: Config) -> None:
 
 
 def check_problems(sources: Iterable[Source], config: Config) -> None:
-    """Check these sources as `check_source` does and, if all training sets are among them, that they suffice for a step and
-    that each of `reward.columns` has values in one of them; and what the config asks of the tokenizer."""
+    """Check these sources, see `check_source`, and the tokenizer, see `check_tokenizer`. If all training sets are among the
+    sources, also check that they have enough problems for a step, and values in every one of `reward.columns`."""
     from etr_megatron.data import check_tokenizer, refuse_columns_of_no_set
 
     usable: dict[Source, tuple[int, list[str]]] = {}
@@ -320,16 +321,16 @@ def check_problems(sources: Iterable[Source], config: Config) -> None:
 
 
 def check_source(source: Source, config: Config) -> tuple[int, list[str]]:
-    """Check that every row can be used, or skipped under `data.on_bad_row`; returns what `usable_rows` does. Fetches a hub
-    dataset once for all ranks."""
+    """Check that every row can be used, or skipped under `data.on_bad_row`; returns the result of `usable_rows`. Fetches a hub
+    dataset, so that the ranks find it in the cache."""
     from etr_megatron.data import usable_rows
 
     return usable_rows(source, config.data, config.arithmetic, config.reward.columns)
 
 
 def check_directory(config: Config) -> None:
-    """Check that the run directory is writable, can be started or resumed under `checkpoint.resume`, and is not the replayed
-    run."""
+    """Check that the run directory is writable, that a run can be started or resumed there under `checkpoint.resume`, and that
+    it is not the replayed run."""
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if config.rollout.replay is not None and os.path.realpath(config.rollout.replay) == os.path.realpath(directory.root):
         raise UserError(f"{directory.root} is the run in rollout.replay and would be overwritten; choose another run.name")
@@ -338,7 +339,7 @@ def check_directory(config: Config) -> None:
 
 
 def check_replay(config: Config, steps: int) -> None:
-    """Check that the recorded run has `steps` steps (0: any), shows no damage at a quick look, and matches the config."""
+    """Check that the recorded run has `steps` steps (0: any), matches the config, and shows no damage in a quick check."""
     rollout = config.rollout
     if rollout.replay is None:
         return
@@ -356,7 +357,8 @@ def nodes_apart(config: Config) -> int:
 
 
 def nodes_grouped(config: Config) -> int:
-    """Number of nodes of each server, if every node has a part of one; else 1, as the config's rules group dedicated nodes."""
+    """Number of nodes that each server spans, if every node runs a part of a server. Else 1: for dedicated nodes, the config's
+    rules check the number."""
     return config.sglang.nodes_per_server if has_servers(config) and config.sglang.nodes == "every" else 1
 
 
@@ -375,7 +377,7 @@ def starts_servers(config: Config) -> bool:
 
 
 def meets_servers_in_nccl(config: Config) -> bool:
-    """Whether training ranks and servers form process groups, on GPUs with NCCL, in which weights travel."""
+    """Whether weight syncs use process groups of training ranks and servers. On GPUs these use NCCL."""
     engine = config.rollout.backend == "sglang" and config.rollout.replay is None
     return engine and sync_of(config.sglang) in ("broadcast", "sharded")
 

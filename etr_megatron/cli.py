@@ -72,7 +72,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def require_torchrun(module: str) -> None:
-    """Raise `UserError` in a process that torchrun did not start. module: the one run with `python -m`."""
+    """Raise `UserError` in a process that torchrun did not start. module: the module that was run with `python -m`."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -82,9 +82,9 @@ def require_torchrun(module: str) -> None:
 
 
 def default_config(cuda: bool) -> Path:
-    """The config for a command line without one: the CPU config; on CUDA there is no sensible default.
+    """The config for a command line without one: the CPU config. There is no sensible default for CUDA.
 
-    Raises `UserError`, listing the shipped configs, if `cuda`, and if the CPU config does not exist.
+    Raises `UserError` with a list of the shipped configs if `cuda`, and `UserError` if the CPU config does not exist.
     """
     if cuda:
         listing = "\n".join(f"  {path}  {_first_comment(path)}" for path in sorted(CONFIGS.glob("*.yaml")))

@@ -1,4 +1,4 @@
-"""How a run ends, written where a user looks: in status.json."""
+"""Writes to status.json how a run ended."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ logger = logging.getLogger(__name__)
 _AGAIN = "start again with the same command to continue"
 
 _LOSS_S = 2.0
-"""Time for a rank whose connections are closed to have ended."""
+"""Seconds to wait for a rank to end after its connections were closed."""
 
 
 class Ending:
-    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0 or, if that is gone, on the first that is
-    left: with the rank that was lost or failed first, if there is one. A library that loses a connection names a port at best.
+    """Decides on every rank whether the run ends as `requeue` or `failed`. Rank 0, or the first rank that is left, writes it.
 
-    A job that was told to stop while all ranks were there ends as `requeue`, whatever happens before it has stopped: its last
-    checkpoint can be resumed. torchrun also sends SIGTERM after a rank has failed; then a rank is gone or has left.
+    The message names the rank that was lost or failed first, if any: libraries that lose a connection name only a port.
+
+    A job that was asked to stop while all ranks were alive ends as `requeue`, even if an error follows before it has stopped,
+    because its last checkpoint can be resumed. torchrun also sends SIGTERM after a rank has failed; then not all ranks are
+    alive.
     """
 
     def __init__(self, config: Config, directory: RunDirectory, attendance: Attendance, stop: StopRequest) -> None:
@@ -42,8 +44,8 @@ class Ending:
 
     @contextmanager
     def before_a_step(self) -> Iterator[None]:
-        """Turn a StopAskedError raised inside the block, before any step, into a RequeueError, and so any error after SIGTERM.
-        (The trainer handles later ones.)"""
+        """Turn a StopAskedError inside the block, and any error after SIGTERM, into a RequeueError. For the time before the
+        first step; the trainer handles a later StopAskedError."""
         try:
             yield
         except StopAskedError as error:
@@ -57,9 +59,9 @@ class Ending:
             raise
 
     def run(self, train: Callable[[], None], trained: Callable[[], int]) -> None:
-        """Call `train`, the loop over all steps, and write how it ended. trained: the last completed step.
+        """Call `train`, the loop over all steps, and write how it ended. trained: returns the last completed step.
 
-        Raises its error, or RequeueError for any error after SIGTERM.
+        Raises the error of `train`, or RequeueError for any error after SIGTERM.
         """
         self._trained = trained
         try:
@@ -83,17 +85,18 @@ class Ending:
             self._directory.write_status("finished", trained(), self._config.run.steps)
 
     def _told(self) -> None:
-        """SIGTERM has come. Runs in StopRequest's thread, as `_out_of_time` does."""
+        """SIGTERM has arrived. Called in StopRequest's thread, like `_out_of_time`."""
         loss = self._attendance.told()
         if loss is None:
             return
         with self._lock:
-            # NCCL may wait for that rank, or end this process, without an error.
+            # Write it now: NCCL may wait for the lost rank, or end this process, without an error in Python.
             if self._trained is not None and not self._is_over:
                 self._write("failed", self._done(), loss)
 
     def _out_of_time(self) -> int | None:
-        """The grace is over: the exit code of a job that can be resumed; None of one that has failed."""
+        """The grace period is over. Returns the exit code of a job that can be resumed, None
+        for a job that has failed."""
         if not self._can_resume() or (self._is_over and self._requeued is None):
             return None
         error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")
@@ -104,7 +107,7 @@ class Ending:
         if self._stop():
             self._stop.wait_until_reported()
             if not self._stop.is_own and self._attendance.loss() is None:
-                self._attendance.stop()  # a node without a rank was told
+                self._attendance.stop()  # a server node received SIGTERM
         return self._can_resume()
 
     def _can_resume(self) -> bool:
@@ -117,7 +120,7 @@ class Ending:
         return self._end_as_requeue(RequeueError(words), saved)
 
     def _end_as_requeue(self, error: RequeueError, step: int) -> RequeueError:
-        self._attendance.stop()  # ranks that are still about to end so may lose those that have
+        self._attendance.stop()  # ranks that end later must not report those that have ended as lost
         self._requeued = error
         self._end("requeue", step, str(error))
         return error
@@ -135,7 +138,7 @@ class Ending:
             self._write(state, step, message)
 
     def _write(self, state: RunState, step: int, message: str) -> None:
-        """On a full disk the status may not fit either, but must not mask the error."""
+        """Write the status. Errors are ignored: on a full disk it may not fit, and they must not hide the run's own error."""
         if self._attendance.speaks:
             with suppress(UserError):
                 self._directory.write_status(state, step, self._config.run.steps, message)

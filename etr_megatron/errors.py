@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class RequeueError(UserError):
-    """The run stopped, and running the same command again resumes it from what is saved.
+    """The run stopped, and the same command resumes it from its last checkpoint.
 
     The exit code is 75 (EX_TEMPFAIL), so that a scheduler can tell it from a user error.
     """

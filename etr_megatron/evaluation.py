@@ -17,13 +17,13 @@ from etr_megatron.rollout.rounds import draw_groups
 from etr_megatron.types import Group, Problem
 
 WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
-"""Calls a function that draws responses, and again after a sync if servers had to be restarted for it."""
+"""Calls a function that draws responses. If servers have to be restarted, it syncs the weights and calls the function again."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The problems of every set of `data.eval`, by set name, with ids as `named` makes them; a single unnamed set has the empty
-    name."""
+    """The problems of every set of `data.eval`, by set name. A single unnamed set has the name "". Problem ids are those that
+    `named` makes."""
 
     sets: Mapping[str, Sequence[Problem]]
 
@@ -49,10 +49,10 @@ def evaluate(
     must_stop: MustStop,
     with_servers: WithServers,
 ) -> dict[str, list[Group]]:
-    """Graded responses to all held-out problems under the engine's current weights, by set. A collective; only rank 0 needs
-    `grader` and, with an environment, `dialogues`; other ranks may get responses without their tokens.
+    """Graded responses to all held-out problems under the engine's current weights, by set.
 
-    Raises UngradedError and the errors of `engine.generate`.
+    A collective. Only rank 0 needs `grader` and, with an environment, `dialogues`. Other ranks may get responses without
+    tokens. Raises UngradedError and the errors of `engine.generate`.
     """
     sampling = Sampling(
         samples=tuple(samples_of_set(config, name) for name, problems in held_out.sets.items() for _ in problems),
@@ -71,7 +71,8 @@ def evaluate(
 
 
 def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> dict[str, float]:
-    """Metrics of graded held-out responses: the mean over the sets that have them, and the values of each named set."""
+    """Metrics of graded held-out responses: for each metric the mean over the sets that have it, and the value of each named
+    set."""
     each = {name: _metrics_of(groups, config) for name, groups in sets.items()}
     values: dict[str, list[float]] = {}
     for one in each.values():
@@ -82,15 +83,16 @@ def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> d
 
 
 def best_steps(rows: Iterable[Mapping[str, Any]], metric: str) -> list[int]:
-    """Steps of the metrics' rows that have `metric`, the best first; of equally good ones the later first."""
+    """Steps of the rows that have `metric`, the best first. Ties are broken by the mean evaluation reward, then by the later
+    step."""
     judged = [row for row in rows if row.get(metric) is not None]
     judged.sort(key=lambda row: (row[metric], row.get("eval_reward_mean") or 0.0, row["step"]), reverse=True)
     return [row["step"] for row in judged]
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """`response_metrics` (avg@k), the share of truncated responses and, with an environment, of those that a failed call ended,
-    and pass@k if there are several responses per problem."""
+    """`response_metrics` (avg@k), the fraction of truncated responses, with an environment the fraction of responses that a
+    failed call ended, and with several responses per problem pass@k."""
     samples = [sample for group in groups for sample in group.samples]
     found = response_metrics(samples, config)
     found["truncated_frac"] = sum(sample.finish_reason == "length" for sample in samples) / len(samples)

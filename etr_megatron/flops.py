@@ -17,7 +17,7 @@ BF16_PEAK = {
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Number of weight elements that a token is multiplied with between the embedding and the head."""
+    """Number of weight elements that take part in the matrix products of one token, between the embedding and the head."""
     total = arch.layers * _attention_parameters(arch)
     for layer in range(arch.layers):
         if arch.experts is not None and arch.has_experts(layer):

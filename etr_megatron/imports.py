@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _USERS_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
-"""What a user's function may raise: a script's main() may call sys.exit, and a coroutine may cancel itself."""
+"""Errors that a user's function may raise: a script's main() may call sys.exit, and a coroutine may cancel itself."""
 
 
 class ImportPathError(Exception):
@@ -55,7 +55,7 @@ def takes(function: Callable[..., Any], arguments: int, names: Iterable[str] = (
 
 
 def has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter of this name, by which it can be given."""
+    """Whether a function has a parameter of this name that can be passed by name."""
     try:
         parameter = inspect.signature(function).parameters.get(name)
     except ValueError:  # a builtin without a signature
@@ -69,11 +69,12 @@ def answering(
     accept: Callable[[Any], Any],
     refuse: Callable[[BaseException], Any],
 ) -> Callable[[Any], Any]:
-    """What answers requests by a user's `function`, a coroutine function if that is one (or an object to call like one).
+    """A function that answers requests by calling the user's `function`. It is a coroutine function if `function`, or the
+    `__call__` of its class, is one.
 
-    ask: calls it for a request. accept, refuse: make the answer of what it returns and of what it raises.
+    ask: calls `function` for a request. accept: makes the answer from the returned value. refuse: makes it from the error.
     """
-    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
+    runner = asyncio.Runner()  # one event loop for all calls of a function that returns awaitables, but is no `async def`
 
     def answer(request: Any) -> Any:
         try:
@@ -92,7 +93,7 @@ def answering(
 
 
 def _awaited(value: Any, runner: asyncio.Runner) -> Any:
-    """The value of a plain function; if it is awaitable, as of a decorated `async def`, its result."""
+    """The value that a function returned or, if it is awaitable, as from a decorated `async def`, the result of awaiting it."""
 
     async def result() -> Any:
         return await value
@@ -101,12 +102,12 @@ def _awaited(value: Any, runner: asyncio.Runner) -> Any:
 
 
 def raised(path: str, error: BaseException) -> str:
-    """What the function that `path` names raised, and the last line of its module that led there."""
+    """A message about the error that the function at `path` raised, with the last line of its own module in the traceback."""
     file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
     try:
         said = f": {error}" if str(error) else ""
-    except Exception:  # of the error's own text
+    except Exception:  # raised by the error's own __str__
         said = ""
     return f"{path} raised {type(error).__name__}{said}{where}"

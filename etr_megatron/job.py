@@ -63,23 +63,25 @@ def run_rank(config: Config) -> None:
 
 
 def initial_checkpoint(config: Config) -> Path:
-    """The directory the policy starts from; builds the tiny policy if needed. Raises UserError if that fails."""
+    """The directory of the initial weights; builds the tiny policy if needed. Raises UserError if that fails."""
     if config.model.path != "tiny":
         return Path(config.model.path)
-    # The rank that gets there first builds it and shows the progress.
+    # The first rank that arrives builds it and shows the progress.
     return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress)
 
 
 @dataclass(frozen=True)
 class _Workers:
-    """Processes that call the user's functions, on rank 0. environment: None also without an environment or an engine."""
+    """Processes that call the user's functions; None on ranks other than 0. environment: also None if the config has no
+    environment, or the run is a replay."""
 
     grader: GraderPool | None = None
     environment: EnvironmentPool | None = None
 
     @classmethod
     def start(cls, config: Config, stack: ExitStack) -> _Workers:
-        """Start them before this rank has threads and sockets. They end with `stack` or the rank, however it ends."""
+        """Start them; call it before this rank has threads and sockets. They end with `stack`, or with the rank even after a
+        kill -9."""
         if int(os.environ.get("RANK", "0")) != 0:
             return cls()
         is_asked = config.environment.function is not None and config.rollout.replay is None
@@ -138,7 +140,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
         stop_request=stop,
         phases=phases,
     )
-    # Modules and the model live to the end. Scanning them in each full collection would stall this rank, and with it all ranks.
+    # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()
     ending.run(trainer.run, lambda: trainer.trained)
@@ -153,7 +155,8 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
 
 
 def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> ServerNodes | None:
-    """The dedicated server nodes, held until `stack` closes; None if there are none. SIGTERM to one of them stops the job."""
+    """The dedicated server nodes, which serve until `stack` closes; None if there are none. SIGTERM to one of them stops the
+    job."""
     from etr_megatron.rollout.sglang import ServerNodes
 
     if not (apart := nodes_apart(config)):
@@ -172,8 +175,8 @@ def _engine(
     stop: StopRequest,
     nodes: ServerNodes | None,
 ) -> RolloutEngine:
-    """The rollout engine that `rollout.backend` names; a collective. stops: tokens and texts that end a turn. nodes: the
-    dedicated server nodes, on rank 0 only. Raises StopAskedError if `stop` ends the wait for its servers."""
+    """The rollout engine that `rollout.backend` names. A collective. stops: ids of tokens and texts that end a turn. nodes: the
+    dedicated server nodes, on rank 0 only. Raises StopAskedError if a stop is requested while it waits for servers."""
     from etr_megatron.policy.policy import DTYPES
 
     stop_ids, stop_strings = stops
@@ -212,7 +215,7 @@ def _sampler(
     grader: Grader | None,
     dialogues: Dialogues | None,
 ) -> Sampler:
-    """The sampler that yields the groups of a step."""
+    """The sampler that returns the groups of each step."""
     from etr_megatron.rollout import ReplaySampler, RoundSampler, StreamingSampler
 
     if engine is None:
@@ -224,9 +227,11 @@ def _sampler(
 
 
 def _stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> set[int]:
-    """End-of-sequence ids from generation_config.json (a chat model may have several) and the tokenizer, and `stop_tokens`.
+    """End-of-sequence ids from generation_config.json (a chat model may have several) and from the tokenizer, and the ids of
+    `stop_tokens`.
 
-    Raises UserError if there are none, if generation_config.json's are not token ids, or a stop token is not one token.
+    Raises UserError if there are none, if those in generation_config.json are not token ids, or if a stop token is not a single
+    token.
     """
     from etr_megatron.weights.hf_config import read_config
 

@@ -1,7 +1,7 @@
 """`python -m etr_megatron.launch [--nproc N] [CONFIG] [key=value ...]`: check everything, then start the ranks of one node.
 
 `bash examples/run_etr.sh` runs this. Exit codes: 0; 1 for a bug (with the rank's traceback); 2 for a user error (one message,
-no traceback); 75 for a run that should be restarted and resumes from what is saved; 128 + n after signal n.
+no traceback); 75 for a run that should be restarted and resumes from its last checkpoint; 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     """Run every check that needs no ranks; returns the number of processes, the config file, overrides and `run.stop_grace_s`.
 
-    Raises `UserError` with all problems of the first kind that has any: command line, config, layout, inputs.
+    The checks run in stages: command line, config, layout, inputs. Raises `UserError` with all problems of the first stage that
+    fails.
     """
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest)
     with beside_inputs():
         config = load_config(config_path, overrides)
-    # Raises: a single node can neither be dedicated to servers nor share one with others.
+    # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.
     place_of(nodes_apart(config), nodes_grouped(config))
 
     import torch  # slow, so only after the config is known to be valid
@@ -75,7 +76,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
 
 
 def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
-    """Raise UserError if the processes exceed memory even without a model: starting them would hang the machine."""
+    """Raise UserError if the processes need more memory than there is, even without a model: they would hang the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nproc * _BYTES_OF_A_PROCESS > memory:
         said = f"--nproc {nproc}" if asked else f"the parallel layout asks for {nproc} processes"
@@ -86,8 +87,8 @@ def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
 
 
 def default_nproc(config: Config, gpus: int) -> int:
-    """One process per GPU not taken by dedicated servers; on CPU the layout's number, or, with `parallel.tp: auto`, at least
-    two if there are two cores."""
+    """The default number of processes. With GPUs, one per GPU that no separate server takes. On CPU, the number of the parallel
+    layout; with `parallel.tp: auto` at least two if there are two cores."""
     if gpus:
         alone = starts_servers(config) and config.sglang.placement != "colocated"
         return max(1, gpus - (config.sglang.gpus_of_a_node if alone else 0))

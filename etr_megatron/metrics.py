@@ -19,22 +19,22 @@ from etr_megatron.types import Group, Sample
 
 
 def logprob_gap(batch: PolicyBatch) -> torch.Tensor:
-    """abs(engine - trainer) log-prob of every response token of the step that the model drew, fp32 [tokens]."""
+    """abs(engine - trainer) of the log-probs of all response tokens of the step that the model drew, fp32 [tokens]."""
     return (torch.cat(batch.rollout_logp) - torch.cat(batch.old_logp)).abs()
 
 
 def drawn_from(groups: Sequence[Group], version: int) -> torch.Tensor:
-    """Which of the tokens of `logprob_gap` were drawn from weights `version`, bool [tokens]."""
+    """For each token of `logprob_gap`, whether it was drawn from weight version `version`: bool [tokens]."""
     samples = (sample for group in groups for sample in group.samples)
     return torch.tensor([one == version for sample in samples for one in sample.of_drawn(sample.token_versions())])
 
 
 def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tensor | None = None) -> bool:
-    """Gate on a process's first step, fresh or resumed: engine and trainer must agree on the rollouts' log-probs.
+    """Check in the first step of a process, fresh or resumed, that engine and trainer agree on the rollouts' log-probs.
 
-    comparable: bool [tokens], tokens drawn from the trainer's current weights; None means all. Returns whether there were any.
-    Raises RuntimeError with the mean and the worst sample if the mean gap over them exceeds `rollout.max_logprob_gap`:
-    training would silently use wrong importance ratios.
+    comparable: bool [tokens], true for tokens drawn from the trainer's current weights; None means all. Returns whether there
+    were any. Raises RuntimeError with the mean and the worst sample if the mean gap of these tokens exceeds
+    `rollout.max_logprob_gap`: training would silently use wrong importance ratios.
     """
     gap = logprob_gap(batch)
     comparable = torch.ones_like(gap, dtype=torch.bool) if comparable is None else comparable
@@ -85,8 +85,8 @@ def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
 
 def response_metrics(samples: Sequence[Sample], config: Config) -> dict[str, float]:
-    """Means over at least one graded response, of training or evaluation. `reward/<name>`: of further numbers of the user's
-    reward function, over the samples that have them. Turns and tokens of replies only with an environment."""
+    """Means over graded responses (at least one), for training or evaluation. `reward/<name>` is the mean of a further number
+    that the user's reward function returns, over the samples that have it. Turns and reply tokens: only with an environment."""
     turns: dict[str, float] = {}
     if config.environment.function is not None:
         turns["turns_mean"] = _mean([sample.turns for sample in samples])
@@ -121,11 +121,11 @@ def _mean(values: Sequence[float]) -> float:
 def step_metrics(
     step: int, groups: Sequence[Group], batch: PolicyBatch, updates: Sequence[Update], config: Config
 ) -> dict[str, Any]:
-    """The row without times and tokens/s. Fractions of tokens are over all updates of the step."""
+    """The step's row without times and tokens/s. Fractions of tokens are taken over all updates of the step."""
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
     gap = logprob_gap(batch)
-    assert batch.old_entropy is not None  # of a batch that `build_batch` made
+    assert batch.old_entropy is not None  # set by `build_batch`
     return {
         **rollout_metrics(step, groups, config),
         "entropy": torch.cat(batch.old_entropy).double().mean().item(),
@@ -177,7 +177,7 @@ def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seco
 
 
 def _replayed(batch: PolicyBatch) -> dict[str, float]:
-    """The fraction of positions predicting a token that the model drew for which the engine reported experts."""
+    """Of the positions that predict a token drawn by the model, the fraction for which the engine reported experts."""
     if batch.routing is None:
         return {}
     known = 0
@@ -227,8 +227,8 @@ def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, floa
 
 
 def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, float]:
-    """10th and 90th percentiles over the tokens of the samples `numbers` that the loss covers: the least radius that this share
-    does not exceed."""
+    """10th and 90th percentiles of the clip radius over the tokens of those samples in `numbers` that the loss covers. A
+    percentile is the smallest radius that this share of tokens does not exceed."""
     covered = numbers[batch.weight[numbers] > 0]
     numbers = covered if len(covered) else numbers
     radius = ((batch.clip_low + batch.clip_high) / 2)[numbers].double()

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> tuple[ProblemSet, HeldOut]:
-    """The problems of `data.train` and of `data.eval`; a collective. report: whether to print what was left out or is lacking.
+    """The problems of `data.train` and `data.eval`. A collective. report: whether to print skipped rows and missing columns.
 
-    Raises UserError as `open_problems` does, on the ranks where it does, as `refuse_other_problems` does, and for a column of
-    `reward.columns` that none of several training sets has.
+    Raises UserError where `open_problems` or `refuse_other_problems` does (the former on the ranks concerned), and for a column
+    of `reward.columns` that none of several training sets has.
     """
     sources = sources_of(config.data)
     found = [_problems(config, source, tokenizer, report=report) for source in sources]
@@ -56,10 +56,11 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
 
 
 def _look_for_columns(config: Config, train: Mapping[str, Sequence[Problem]], *, report: bool) -> None:
-    """Print which of the named training sets lack which of `reward.columns`; raise UserError for one that all of them lack."""
+    """Print which of the named training sets have no values in a column of `reward.columns`. Raise UserError for a column that
+    none of them has."""
     columns = config.reward.columns
     without = {name: columns_without_values((one.extra for one in problems), columns) for name, problems in train.items()}
-    refuse_columns_of_no_set(without, columns)  # again, as the problems left out here may be those with values
+    refuse_columns_of_no_set(without, columns)  # checked again, because the rows with values may have been skipped here
     for column in columns:
         lacking = [name for name, missing in without.items() if column in missing]
         if lacking and report:
@@ -67,8 +68,8 @@ def _look_for_columns(config: Config, train: Mapping[str, Sequence[Problem]], *,
 
 
 def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
-    """Raise UserError on every rank if any rank's problems differ from rank 0's: it would train on its own prompts with other
-    prompts' rewards. A collective. found: the problems by config key."""
+    """Raise UserError on every rank if the problems of any rank differ from rank 0's. Such a rank would train on its own
+    prompts with the rewards of other prompts. A collective. found: the problems by config key."""
     mine = {key: problems.fingerprint for key, problems in found.items()}
     host, wanted = on_rank0(lambda: (socket.gethostname(), mine))
 

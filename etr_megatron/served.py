@@ -16,10 +16,9 @@ _NAMES = {"qwen3_moe": "Qwen3-MoE", "glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM
 
 
 def check_served(model: str, architecture: Architecture, tp: int, ep: int, *, fp8: bool) -> None:
-    """Check that a server can shard the model, with `sglang.fp8` in whole blocks, and serves the model that is trained. tp, ep:
-    `sglang.tp` and `sglang.ep`.
+    """Check that a server can shard the model (with `sglang.fp8` into whole blocks) and supports all its features.
 
-    Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
+    tp, ep: `sglang.tp` and `sglang.ep`. Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
     """
     _check_sizes(model, architecture, tp, ep)
     if fp8:
@@ -52,7 +51,8 @@ def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> No
             f"{model} has a shared expert of width {experts.shared_size}, which sglang.tp={tp} does not divide, and a server "
             "would refuse to start; choose a sglang.tp that does"
         )
-    # SGLang would start with any of these, but leave weights randomly initialized that the checkpoint lacks or that it ignores.
+    # SGLang would start with any of these, but some weights would stay randomly initialized: the checkpoint lacks them, or
+    # SGLang ignores them there.
     family, unserved = architecture.family, ""
     if family == "qwen3_moe" and experts.dense_layers:
         unserved = "dense layers (mlp_only_layers, decoder_sparse_step)"
@@ -74,7 +74,7 @@ def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
     weights = [one for one in weights_of(architecture, first_expert=True) if one.fp8 and one.layer in some]
     last_of = {weight.server: weight for weight in weights}
     for weight in weights:
-        # The last rows of a server's parameter that is not cut may be a part of a block, as in published DeepSeek-V3.
+        # A parameter that is not split on a server may end with a partial block of rows, as in the published DeepSeek-V3.
         may_end = weight.split == "replicated" and weight is last_of[weight.server]
         for holding in layout.holdings(weight, architecture):
             for piece in holding.shard.pieces:

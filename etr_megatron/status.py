@@ -29,10 +29,10 @@ USER_ERROR_EXIT = 2
 """Exit code for a user error."""
 
 SIGNAL_DELAY_S = 1.0
-"""How much later than its peers a rank may get a signal that torchrun passes on to one rank after the other."""
+"""Longest time in seconds between the first and the last rank's signal: torchrun forwards it to one rank after the other."""
 
 REQUEUE_EXIT = 75
-"""Exit code of a run that should be restarted and then resumes from what is saved (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that should be restarted and then resumes from its last checkpoint (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Reported(NamedTuple):
@@ -43,11 +43,14 @@ class Reported(NamedTuple):
 
 
 def exit_code_of(body: Callable[[], int | None]) -> int:
-    """Run a rank's work; returns its exit code, 0 if it returns None; 2 after a `UserError` on this rank (which is reported) or
-    on another of this node; 75 after a `RequeueError`.
+    """Run a rank's work and return its exit code. Must be called from the main thread. The code is:
+
+    - the result of `body`, 0 for None
+    - 2 after a `UserError` on this rank, which is reported, or on another rank of this node
+    - 75 likewise after a `RequeueError`
 
     Any other exception is a bug and propagates with its traceback. Ctrl-C (which the launcher and torchrun forward) ends the
-    process at once, even inside a blocked collective. Must be called from the main thread.
+    process at once, even inside a blocked collective.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -59,7 +62,8 @@ def exit_code_of(body: Callable[[], int | None]) -> int:
         reported = _reported()
         if reported is not None:
             return reported.exit_code
-        # If Ctrl-C has ended a peer first, this rank's own signal is on its way, and ends it without a traceback.
+        # The error may come from a peer that Ctrl-C has ended. Then this rank's own signal arrives within this time, and ends
+        # it without a traceback.
         time.sleep(SIGNAL_DELAY_S)
         raise
     finally:
@@ -67,8 +71,8 @@ def exit_code_of(body: Callable[[], int | None]) -> int:
 
 
 def code_of_printing(main: Callable[[], int]) -> int:
-    """Run a command that prints and return its exit code: that of `main`; 141, as after SIGPIPE, if the reader has closed the
-    pipe; 2, with a message, if the disk that stdout goes to is full. Escapes characters that stdout's encoding lacks."""
+    """Run a command that prints, and return its exit code: the code of `main`; 141, as after SIGPIPE, if the reader has closed
+    the pipe; 2, with a message, if stdout goes to a full disk. Escapes characters that are not in stdout's encoding."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -84,7 +88,7 @@ def code_of_printing(main: Callable[[], int]) -> int:
             raise
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         code = USER_ERROR_EXIT
-    # At exit the interpreter would flush what is left, and complain.
+    # Otherwise the interpreter would try to flush the rest at exit, and print an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
@@ -92,8 +96,8 @@ def code_of_printing(main: Callable[[], int]) -> int:
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end the process with its exit code; with 1 and a traceback after an exception.
 
-    Skips the interpreter's shutdown: it aborts if threads of torch.distributed or pyarrow are then at work, and waits for ranks
-    that are in a collective.
+    Skips the interpreter's shutdown, which aborts while threads of torch.distributed or pyarrow are running, and waits for
+    ranks that are in a collective.
     """
     code = 1
     try:
@@ -138,7 +142,7 @@ def read_status(path: Path) -> Reported | None:
 
 
 def given_up() -> int | None:
-    """2 if a rank of this node has reported a user error; None for a run that continues or should be restarted."""
+    """2 if a rank of this node has reported a user error; None if the run continues or should be restarted."""
     reported = _reported()
     return USER_ERROR_EXIT if reported is not None and reported.exit_code == USER_ERROR_EXIT else None
 

@@ -24,7 +24,8 @@ from etr_megatron.status import exit_code_of, run_and_leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one rank to the end; returns its exit code: 2 after a user error and 75 to be restarted, each with one message."""
+    """Run one rank to the end. Returns its exit code: 2 after a user error, 75 if the run should be restarted, each with one
+    message."""
     die_with_parent()
     return exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
 
@@ -37,8 +38,8 @@ def _run(argv: list[str]) -> int:
         from etr_megatron.planner.dry_run import dry_run
 
         return dry_run([argument for argument in argv if argument != "--dry-run"])
-    # Megatron relies on it: kernels start in launch order, so communication starts before the GEMMs that overlap with it. CUDA
-    # reads it at initialization.
+    # Megatron relies on this: with one connection, kernels start in launch order, so communication starts before the GEMMs that
+    # overlap with it. CUDA reads the variable at initialization.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
     with beside_inputs():
@@ -66,7 +67,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _serve(config: Config, place: Place) -> int:
-    """Run a dedicated server node: local rank 0 keeps the servers, the other processes return."""
+    """Run a dedicated server node: local rank 0 runs the servers; the other processes return at once."""
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return 0
     from etr_megatron.rollout.sglang import ServerNode

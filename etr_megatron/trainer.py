@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MOST_COMEBACKS = 32
-"""How often servers are brought back to draw the same responses. A prompt that kills servers costs those that it was
-spread over and two more."""
+"""Most times that servers are brought back to draw the same responses. A prompt that kills servers kills those that it was
+spread over, and at most two more."""
 
 ROLL_CALL_S = 60.0
 """Seconds for all ranks to meet while none of them is busy."""
@@ -56,7 +56,7 @@ ROLL_CALL_S = 60.0
 
 class Trainer:
     """One run on one rank; every rank calls the same methods. `grader`, `dialogues` (if there is an environment) and `recorder`
-    exist on rank 0 only; `engine` is None if the sampler needs none (a replay)."""
+    are None on ranks other than 0. `engine` is None in a replay."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Trainer:
         stop_request: StopRequest,
         phases: Phases,
     ) -> None:
-        """stop_request: this rank's, already listening. phases: where ranks meet and check it."""
+        """stop_request: this rank's, inside its `on_sigterm` block. phases: barriers, which check the stop requests."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._dialogues = dialogues
@@ -85,21 +85,22 @@ class Trainer:
         self.step = 0
         self.trained = 0
         """The last completed step."""
-        self._version = 0  # the step that produced the policy's weights; `trained` runs ahead if nothing is trained
+        self._version = 0  # the step that made the policy's weights; below `trained` in a rollout-only run
         self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
 
     def run(self) -> None:
         """Run from the newest checkpoint, or from the start, to `run.steps`.
 
-        Before raising, saves a checkpoint of the trained weights and the sampler's state. Raises RequeueError if the engine is
-        gone or SIGTERM asks a rank to stop; RefusedError if the engine rejects a request as invalid; UngradedError or
-        OtherModelError if rewards or the policy's own responses are not available (saved only if a step was trained); SyncError
-        if a weight sync fails (saved only if a step was trained and all ranks are left).
+        Saves a checkpoint of the trained weights and the sampler's state before it raises:
+        - RequeueError: the engine is gone, or SIGTERM asks a rank to stop.
+        - RefusedError: the engine rejects a request as invalid.
+        - UngradedError, OtherModelError: rewards or the policy's own responses are not available. Saved if a step was trained.
+        - SyncError: a weight sync failed. Saved if a step was trained and all ranks are alive.
         """
         try:
             self._resume()
-        except StopAskedError as error:  # nothing is unsaved yet
+        except StopAskedError as error:  # there is nothing to save yet
             raise RequeueError(f"{error}: start again with the same command to continue") from error
         try:
             self._roll_out_only() if self.config.rollout.only else self._run_steps()
@@ -110,7 +111,7 @@ class Trainer:
             self._save_what_is_trained()
             raise
         except (UngradedError, OtherModelError):
-            if self.trained:  # else the run starts anew once it is fixed
+            if self.trained:  # else the run starts from the beginning after the fix
                 self._save_what_is_trained()
             raise
         except SyncError:
@@ -151,9 +152,9 @@ class Trainer:
             start = {}
 
     def _run_step(self, start: dict[str, Any]) -> None:
-        """Run one step. start: metrics known before it, for its row.
+        """Run one step. start: metrics known before the step, which are added to its row.
 
-        A separate method, so that its groups are freed before the next step's arrive: with routing they take gigabytes.
+        A separate method, so that its groups are freed before those of the next step arrive: with routing they take gigabytes.
         """
         config = self.config
         rollouts, engine = self._roll_out(), self._engine_metrics()
@@ -190,13 +191,13 @@ class Trainer:
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _engine_metrics(self) -> dict[str, float]:
-        """To be asked for when a step's rollout is complete: the sync after it brings failed servers back."""
+        """The engine's metrics. Call it right after a step's rollout, because the next sync brings failed servers back."""
         return {} if self.engine is None else self.engine.metrics()
 
     def _with_servers(self, draw: Callable[[], T]) -> T:
         """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again.
 
-        Raises EngineGoneError when it does not succeed although servers were brought back `MOST_COMEBACKS` times.
+        Raises EngineGoneError if `draw` still fails after servers were brought back `MOST_COMEBACKS` times.
         """
         comebacks = 0
         while True:
@@ -214,7 +215,7 @@ class Trainer:
                 self._sync()
 
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
-        """Compute the old (and reference) log-probs under the weights that the updates start from, then run the updates."""
+        """Compute the old (and reference) log-probs before the first update, then run the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
             if self.engine is not None:
@@ -237,7 +238,7 @@ class Trainer:
             return batch, updates
 
     def _profiled(self) -> AbstractContextManager[Any]:
-        """Context of a step's first update, which is profiled at `observe.profile_step`."""
+        """Context manager for a step's first update. It profiles the update if the step is `observe.profile_step`."""
         layout = self.policy.layout
         if self.step != self.config.observe.profile_step or layout.dp_rank != 0:
             return nullcontext()
@@ -310,7 +311,7 @@ class Trainer:
         if not self.config.rollout.only:
             speed = training_speed(self.policy, groups, self.config, times["time_train"])
         row = {**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]}
-        self._recorder.record(cast(MetricsRow, row))  # whose keys are checked as it is appended
+        self._recorder.record(cast(MetricsRow, row))  # the keys are checked when the row is appended
         self._directory.write_status("running", self.step, self.config.run.steps)
         observe = self.config.observe
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
@@ -330,7 +331,7 @@ class Trainer:
         checkpoint.save(folder, self.step, self.policy, state, keep=self.config.checkpoint.keep, best=best)
 
     def _best_saved(self) -> list[int]:
-        """Steps, this one or saved, whose checkpoints `checkpoint.keep_best` asks for."""
+        """The best steps, among this step and those with a checkpoint, whose checkpoints `checkpoint.keep_best` keeps."""
         config = self.config.checkpoint
         if not config.keep_best:
             return []
@@ -342,15 +343,15 @@ class Trainer:
         return best[: config.keep_best]
 
     def _latest_checkpoint(self) -> int | None:
-        """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory
-        contents for a while."""
+        """The newest saved step, as rank 0 sees it. Other nodes may see it only later, because network file systems cache
+        directory contents."""
         return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
 
     @path_errors()
     def _resume(self) -> None:
-        """Load the newest checkpoint, if there is one, and drop what was written after it.
+        """Load the newest checkpoint, if there is one, and drop outputs that were written after it.
 
-        In a rollout-only run, keeps the rollouts already drawn from the checkpoint's weights.
+        A rollout-only run keeps the rollouts that were already drawn from the checkpoint's weights.
         """
         step = self._latest_checkpoint() if self.config.checkpoint.resume else None
         if step is not None:

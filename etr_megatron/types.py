@@ -22,8 +22,8 @@ Message = dict[str, str]
 
 
 def further_keys(message: Mapping[str, Any]) -> list[str]:
-    """Keys of a message besides `role` and `content`, without those that say nothing, such as `"tool_calls": []`: clients and
-    exports have them."""
+    """Keys of a message other than `role` and `content`. Keys with an empty value, such as `"tool_calls": []`, do not count:
+    clients and exports write them."""
     further = {key: value for key, value in message.items() if key not in ("role", "content")}
     return [key for key, value in further.items() if value is not None and (value or not isinstance(value, str | list | dict))]
 
@@ -40,7 +40,7 @@ class Problem:
     """One prompt with its verifiable answer.
 
     id: stable name of the row in its source (`<file>:<row>` unless the data has an id column).
-    prompt: the user's text, before the chat template; the last message if there are several.
+    prompt: the user's text, before the chat template is applied; the last message if there are several.
     answer: the reference answer as the verifier expects it.
     prompt_ids: token ids of the templated prompt, the engine's input; any integers are converted. An array: every rank has all
         problems, and lists would take eight times the memory.
@@ -61,23 +61,23 @@ class Problem:
 
 @dataclass(slots=True)
 class Sample:
-    """One response to a prompt: what the model drew and, with an environment, the replies between its turns.
+    """One response to a prompt: the tokens that the model drew and, with an environment, the replies between its turns.
 
-    index: position in its group; together with the group, it seeds the sampling.
+    index: position in the group; the group and the index seed the sampling.
     response_ids: all token ids after the prompt, the end-of-sequence token included when `finish_reason` is "stop".
     rollout_logprobs: natural-log probability of each response token under the engine's *tempered* distribution (before
         top-p/top-k), same length as `response_ids`; 0 for tokens of replies.
-    finish_reason: "abort" marks an unfinished response, "turn" one that waits for the environment's reply; no such response is
-        in a group that is trained on.
-    weight_version: version of the weights that its last token was drawn from.
+    finish_reason: "abort" marks an unfinished response, "turn" a response that waits for the environment's reply. Groups that
+        are trained on have neither.
+    weight_version: version of the weights that the last token was drawn from.
     weight_versions: the version of each token if the response was continued after a weight sync; else empty.
     routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
         Covers the prompt and the response without its last token; shorter or empty if the engine did not report them all.
-        Rank 0 has it; other ranks may not have that of samples they did not draw themselves.
-    reward_parts: further numbers of the user's reward function, by name.
-    loss_mask: of each response token, 1 if the model drew it, 0 if it belongs to a reply; empty if the model drew all.
+        Rank 0 has it; on other ranks it may be missing in samples that they did not draw themselves.
+    reward_parts: further numbers that the user's reward function returned, by name.
+    loss_mask: for each response token, 1 if the model drew it, 0 if it belongs to a reply; empty if the model drew all.
     messages: with an environment, the model's turns and the replies, in order; else empty.
-    environment_status: with an environment, how its last call for this response went; None if there was none.
+    environment_status: status of the last call of the environment for this response; None if there was none.
 
     response_ids, rollout_logprobs, weight_versions and loss_mask may be any sequences; they are stored as arrays of type "i",
     "d", "i" and "B".
@@ -105,7 +105,7 @@ class Sample:
         self.loss_mask = array("B", self.loss_mask)
 
     def known_reward(self) -> float:
-        """The reward, of a sample that has been graded."""
+        """The reward. The sample must have been graded."""
         assert self.reward is not None
         return self.reward
 
@@ -120,7 +120,7 @@ class Sample:
 
     @property
     def call_failed(self) -> bool:
-        """Whether a failed call of the environment ended it."""
+        """Whether a failed call of the environment ended the response."""
         return self.environment_status not in ("ok", None)
 
     @property
@@ -130,16 +130,16 @@ class Sample:
 
     @property
     def turn_begin(self) -> int:
-        """Number of response tokens before the model's last turn, which may have none yet."""
+        """Number of response tokens before the model's last turn. That turn may have no tokens yet."""
         return bytes(self.loss_mask).rfind(b"\0") + 1
 
     def of_drawn(self, values: Sequence[T]) -> Sequence[T]:
-        """Of one value per response token, those of the tokens that the model drew."""
+        """From values with one entry per response token, the entries of the tokens that the model drew."""
         return of_drawn(values, self.loss_mask)
 
 
 def of_drawn(values: Sequence[T], loss_mask: Sequence[int]) -> Sequence[T]:
-    """The values with 1 in `loss_mask`, or all of them if it is empty."""
+    """The values at positions where `loss_mask` is 1; all values if it is empty."""
     return list(compress(values, loss_mask)) if loss_mask else values
 
 
@@ -167,12 +167,12 @@ class TokenSequence(NamedTuple):
 
 
 AnySequence = TokenSequence | tuple[Sequence[int], Sequence[int]]
-"""Or (prompt ids, response ids) of a response that the model drew all of; `TokenSequence(*one)` takes both."""
+"""A `TokenSequence`, or (prompt ids, response ids) if the model drew all of the response; `TokenSequence(*one)` takes both."""
 
 
 @dataclass(slots=True)
 class Group:
-    """All responses to one prompt; group statistics (mean, deviation, variance) are taken over those that no failed call ended.
+    """All responses to one prompt. Group statistics (mean, deviation, variance) leave out responses that a failed call ended.
 
     id: unique within a run, `<problem id>@<step>`: the same problem in a later step is another group.
     """
@@ -183,5 +183,5 @@ class Group:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the rewards that count are all equal: no advantage, no gradient."""
+        """Whether all rewards in the group statistics are equal, so that advantages and gradient are zero."""
         return len({sample.reward for sample in self.samples if not sample.call_failed}) <= 1
