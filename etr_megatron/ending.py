@@ -75,7 +75,7 @@ class Ending:
                 raise self._requeue_after(error) from error
             loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
             if loss is not None and str(error) and str(error) in loss:
-                loss = None  # All ranks raise it, as what rank 0 does for all. Whose note came first says nothing.
+                loss = None  # All ranks raise the same error, as for work of rank 0. The first note blames no rank.
             after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
             self._end("failed", self._done(), f"{after}{error}")
             raise
@@ -95,8 +95,7 @@ class Ending:
                 self._write("failed", self._done(), loss)
 
     def _out_of_time(self) -> int | None:
-        """The grace period is over. Returns the exit code of a job that can be resumed, None
-        for a job that has failed."""
+        """The grace period is over. Returns the exit code of a job that can be resumed, None for a job that has failed."""
         if not self._can_resume() or (self._is_over and self._requeued is None):
             return None
         error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")

@@ -207,7 +207,7 @@ def _shaped_reward(groups: Sequence[Group], batch: PolicyBatch, config: Config) 
     if not (config.reward.overlong_buffer or kl_in_reward):
         return {}
     counted = torch.tensor([not sample.call_failed for group in groups for sample in group.samples])
-    # Each of these carries its group's mean over them, so the mean of what they carry equals the mean reward.
+    # `group_mean` of a sample is the mean over the counted samples of its group, so its mean over these is the mean reward.
     return {"reward_shaped_mean": batch.group_mean[counted].double().mean().item()} if counted.any() else {}
 
 

@@ -51,7 +51,7 @@ class RankProcess(NamedTuple):
             boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
         except OSError:  # a sandbox
             return cls(host, pid, "", "")
-        begun = _begun(pid)  # None where /proc shows the processes of another namespace
+        begun = _begun(pid)  # None if /proc shows the processes of another pid namespace
         return cls(host, pid, f"{boot} {namespace}", begun) if begun else cls(host, pid, "", "")
 
     def __str__(self) -> str:

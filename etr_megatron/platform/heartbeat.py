@@ -16,7 +16,7 @@ class Heartbeat:
 
     @property
     def has_beaten(self) -> bool:
-        """Whether there was a beat by the last call of `silence_s`."""
+        """Whether the process had sent a heartbeat by the last call of `silence_s`."""
         return self._seen > 0
 
     def silence_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Fixes for bugs in megatron-core 0.16.1, most of which only appear without Transformer Engine and apex, with torch's Adam.
+"""Fixes for bugs in megatron-core 0.16.1. Most of them only appear without Transformer Engine and apex, with torch's Adam.
 
 The docstring of each fix names the bug, its file and its symptom. With TE or apex, the fixes for code paths that are then not
 taken are not applied.

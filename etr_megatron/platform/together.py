@@ -1,4 +1,4 @@
-"""Work of which every rank does a part. If it fails on one rank, it fails on all."""
+"""Work that all ranks do together. If it fails on one rank, it fails on all."""
 
 from __future__ import annotations
 

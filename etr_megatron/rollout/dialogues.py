@@ -70,7 +70,7 @@ class _Outcomes:
         return self.status["error"] > 0 and self.failed == calls and (calls >= _FEW or not self.worked)
 
     def next(self) -> _Outcomes:
-        """Empty results for the period after the next report."""
+        """Empty results for the next period: from the report of these results to the report after it."""
         return _Outcomes(worked=self.status["ok"] > 0 if self.status else self.worked)
 
 

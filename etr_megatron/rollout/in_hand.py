@@ -23,7 +23,8 @@ _COLUMNS = {
     "text": np.uint8,
     "loss_mask": np.uint8,
 }
-"""Sample fields for each of which a checkpoint stores one tensor with all samples. Log-probs are exact; texts are UTF-8."""
+"""Sample fields that a checkpoint stores as columns: one tensor per field, for all samples. Log-probs are exact; texts are
+UTF-8."""
 
 
 @dataclass

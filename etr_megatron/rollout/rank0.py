@@ -28,7 +28,7 @@ SILENCE_S = 60.0
 """Seconds without a heartbeat after which rank 0 is considered lost. If its process ends, torchrun ends the others sooner."""
 
 LATE_S = 600.0
-"""The same before its first heartbeat: it may still do what the others had no part in, such as stop servers one by one."""
+"""The same before rank 0's first heartbeat: it may still be in work without the other ranks, such as stopping servers."""
 
 PIECE = 64 << 20
 """Bytes per broadcast."""

@@ -40,8 +40,8 @@ def allow_connections(count: int) -> None:
 class Connections(httpx.AsyncBaseTransport):
     """A transport of `httpx.AsyncClient` for any number of concurrent requests.
 
-    httpx's own pool scans all its connections whenever a request begins or ends. Here every request takes a pool of a single
-    connection, the most recently used one, and closes those that have been idle for too long.
+    httpx's own pool scans all its connections whenever a request begins or ends. Here every connection has a pool of its own.
+    A request takes the most recently used idle connection, and closes connections that have been idle for too long.
     """
 
     def __init__(self) -> None:

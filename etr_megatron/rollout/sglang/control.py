@@ -156,7 +156,7 @@ class Control:
             self._router.start()
 
     def open(self, started: Mapping[str, Started]) -> None:
-        """Check all servers for the first time. Raises UserError for one that does not serve."""
+        """Check all servers for the first time. Raises UserError if a server does not serve."""
         for name, problem in self.run(self._get_to_know(list(self._clients), started, patient=True)).items():
             if problem is not None:
                 raise UserError(str(problem))

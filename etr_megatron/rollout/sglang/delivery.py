@@ -123,7 +123,7 @@ def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
     and closing the group does not stop it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # in case nobody awaits it any more
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # retrieves the error, in case it is not awaited
 
     def end(error: Exception | None) -> None:
         if not future.done():

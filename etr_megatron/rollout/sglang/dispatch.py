@@ -86,7 +86,7 @@ class Dispatch:
         self._counts[prompt] += 1
         if cached_at:
             self._cached_at[key] = cached_at
-            self.is_harmless(prompt)  # a turn of it is complete
+            self.is_harmless(prompt)  # a complete turn of it exists
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
@@ -243,7 +243,7 @@ class Dispatch:
         return None
 
     def _set_dialogues_aside(self, usable: Collection[str]) -> None:
-        """Let begun dialogues at the head of the queue wait for their servers, ahead of other requests there."""
+        """Set dialogues at the head of the queue aside for their servers, ahead of other requests for these servers."""
         while self._waiting and (lane := self._lane_of(self._waiting[0], usable)).cached_at:
             self._set_aside(self._waiting.popleft(), lane)
 
@@ -301,7 +301,7 @@ class Dispatch:
             self._wait(self._pop_lane(lane), first=True)
 
     def _leave_lost(self, usable: Collection[str]) -> None:
-        """Let dialogues go to any server if they wait for one that is not in use any more."""
+        """Put dialogues back into the queue if the server that they wait for is not in use any more."""
         for name in [name for name in self._lanes_at if name not in usable]:
             for lane in [lane for lane in self._lanes_at[name] if lane.cached_at]:
                 self._wait(self._pop_lane(lane), first=True)

@@ -129,7 +129,7 @@ class Fleet:
         """One response from `client` or, with a router, from the server that the router chooses. Failures:
 
         - The request fails at `client`: that server is marked, and ServerError is raised. A response that was cut off, unless
-          `may_abort()`, counts as a failure; so does one from other weights, as after somebody restarted the server.
+          `may_abort()`, counts as a failure; so does a response from other weights, as after a manual restart of the server.
         - The request fails behind a router, which does not tell which server failed: unhealthy servers are marked. If all are
           healthy, the router is given up, so that fewer parts are left that can fail.
         - `client` refuses the request: it goes to another server, chosen by `elsewhere`, as those at `sglang.urls` may differ.

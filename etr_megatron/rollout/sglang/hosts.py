@@ -110,7 +110,7 @@ class Host(Machine):
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
         process.stop()
-        # Search all output, not only its end: SGLang goes on to send its own warm-up request to whoever took the port.
+        # Search all output, not only its end: SGLang then sends its warm-up request to the process that took the port.
         if starts > 1 and "address already in use" in process.said().lower():
             return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{process.last_words()}")

@@ -41,7 +41,7 @@ class LivenessMonitor:
             yield
         except asyncio.CancelledError:
             error = self._cut.get(task)
-            # As in asyncio.timeout: turn our own cancellation into an error, unless somebody else cancelled the task too.
+            # As in asyncio.timeout: turn our own cancellation into an error, unless other code cancelled the task too.
             if error is not None and task.uncancel() == 0:
                 raise error from error.__cause__
             raise

@@ -343,7 +343,7 @@ class ServerNode:
         return None
 
     def _beat(self, root: dist.Store, session: str, done: threading.Event) -> None:
-        """Send the node's heartbeats, and report a SIGTERM to it; check that rank 0 is alive and was not restarted."""
+        """Send the node's heartbeats, report a SIGTERM of the node, check that rank 0 is alive and was not restarted."""
         try:
             root = own_connection(root)
             store = dist.PrefixStore(session, root)

@@ -1,4 +1,4 @@
-"""A stream of requests to a fleet. Each is answered by itself, as generation during training needs it."""
+"""A stream of requests to a fleet, with replies one by one as they arrive: the basis of generation during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ABORT_TIMEOUT_S = 20.0
 _GIVE_BACK_S = 5.0
 
 _HELD_S = 60.0
-"""Seconds for servers to return the requests whose abort they acknowledged. After that a server is assumed never to."""
+"""Seconds for a server to return a request after it acknowledged the abort. After that it is assumed never to return it."""
 
 _TEST_TOKENS = 16
 """Tokens generated in a prompt's first test. If another server dies with the prompt after it passed, the next test generates
@@ -50,7 +50,7 @@ class RequestStream:
     Every key is answered once:
     - with the complete reply or, at `stop`, with the tokens so far
     - if the request itself is at fault, with the reason why it was given up
-    - an error that no server is to blame for is raised where the reply is awaited, because a retry would fail again
+    - if no server is to blame for an error, by raising it where the reply is awaited, because a retry would fail again
 
     When a server fails, its requests are repeated at other servers from the beginning.
 
@@ -210,7 +210,7 @@ class RequestStream:
             at = [one.client for one in self._running.values() if self._problem_of(one.key) == problem]
             if at and await at[0].is_healthy(_ABORT_TIMEOUT_S) and at[0].name not in self._fleet.failed:
                 self._dispatch.is_harmless(problem)
-        except Exception as error:  # a fault of the program, which would recur
+        except Exception as error:  # a bug, which would recur
             self._tell(error)
             return
         finally:
@@ -221,7 +221,7 @@ class RequestStream:
         return self._requests[key].problem_id if key in self._requests else None
 
     def _fail(self) -> None:
-        """Raise, wherever a reply is awaited, the reason why no request can start."""
+        """Raise the reason why no request can start, see `_tell`."""
         error: Exception
         try:
             self._fleet.refuse_if_gone()
@@ -234,7 +234,7 @@ class RequestStream:
         self._tell(error)
 
     def _tell(self, error: Exception) -> None:
-        """Raise the error where replies are waited for."""
+        """Raise the error wherever a reply is awaited."""
         for future in self._awaited.values():
             if not future.done():
                 future.set_exception(error)

@@ -54,7 +54,7 @@ class UpdateGroup:
             self.close()
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send flat, uint8 [n], to all workers; it stays unchanged. Raises torch's error when one of them is gone."""
+        """Send flat, uint8 [n], to all workers (the caller owns it). Raises torch's error when one of them is gone."""
         assert self._group is not None
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
         work.wait(self._timeout)

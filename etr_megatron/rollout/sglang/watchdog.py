@@ -45,7 +45,7 @@ def files_of(group: int) -> set[str]:
     found: set[str] = set()
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal()]
-    except OSError:  # macOS, or a sandbox
+    except OSError:  # no /proc: macOS, or a sandbox
         return found
     for name in processes:
         with contextlib.suppress(OSError):  # it has ended, or is another user's
