@@ -35,7 +35,7 @@ class Sequences:
     index: int64 [R], the sequence of each row. lengths: int64 [S], rows of each WHOLE sequence, even if this rank holds only
     some of them. reduce: differentiable sum of a [S] tensor over the ranks that hold parts of the same sequences (its backward
     also sums the gradients over those ranks); None if every sequence is whole.
-    is_cut: whether the rows are only a chunk, over which sequences cannot be summed.
+    is_cut: whether the rows are only a chunk of the microbatch, so that sums over sequences are not possible.
     """
 
     index: Tensor

@@ -68,7 +68,8 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this is the rank, of those with identical losses, that reports them: last stage, tensor-parallel rank 0."""
+        """Whether this rank reports losses, which are equal on all tensor-parallel ranks: last stage, tensor-parallel rank
+        0."""
         return self.is_last_stage and self.tp_rank == 0
 
 

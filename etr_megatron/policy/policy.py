@@ -75,9 +75,9 @@ class Update:
 class Policy:
     """A Megatron model in its layout with its optimizer, and a frozen reference model if the objective has a KL term.
 
-    chunks: this rank's `layout.vpp` model chunks. adapters: what is trained instead of their weights with `lora.rank`; the
-    reference is then the model without them. config must be resolved (no `auto`). Raises UserError for a checkpoint that
-    cannot be read, and for FP8 where Megatron would silently train without it.
+    chunks: this rank's `layout.vpp` model chunks. adapters: with `lora.rank`, the low-rank adapters, which are trained instead
+    of the chunks' weights; the reference is then the model without adapters. config must be resolved (no `auto`). Raises
+    UserError for a checkpoint that cannot be read, and for FP8 where Megatron would silently train without it.
     """
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
@@ -95,7 +95,7 @@ class Policy:
             fp8=config.fp8,
         )
         if config.lora.rank:
-            # It adds gradients to a buffer, which adapted weights do not have.
+            # The fused kernel adds to `main_grad`, which adapted weights do not have.
             self._megatron.gradient_accumulation_fusion = False
         self.chunks = build_chunks(arch, self._megatron, layout)
         self.reference: list[PolicyModel] | None = None
@@ -180,7 +180,7 @@ class Policy:
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.adapters.merge()
-        self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy, also while servers need the memory
+        self.optimizer.zero_grad()  # else the fp32 copies of bfloat16 gradients stay while servers need the memory
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
         mine = _totals(outputs) if self.layout.is_reporter else {}
@@ -231,8 +231,8 @@ class Policy:
         if self.config.train.overlap_param_gather:
             for chunk in self._ddp:
                 for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                    # As Megatron does it before a forward pass. Its `start_param_sync(force_sync=True)` would leave the
-                    # transposed copies of FP8 weights, which backward passes use, as they were before the update.
+                    # Megatron does the same before a forward pass. `start_param_sync(force_sync=True)` would not update the
+                    # transposed copies of FP8 weights, which backward passes use.
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
