@@ -153,7 +153,7 @@ class ServerLayout:
 
 @dataclass(frozen=True)
 class WholeLayout:
-    """Every weight in full on one rank, which `owner` returns, with its HF tensors stacked along the rows."""
+    """Every weight in full on one rank, given by `owner`, with its HF tensors stacked along the rows."""
 
     world: int
     owner: Callable[[Weight], int]
@@ -181,7 +181,7 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Everything that the shards of a weight depend on, as a cache key: most weights of a model have it in common."""
+    """Everything that the shards of a weight depend on, as a cache key: most weights of a model share a few keys."""
 
     shard_of: Callable[[Weight, Architecture, int, int], Shard]
     ways: int
@@ -209,8 +209,8 @@ def _holdings(
     places: Sequence[int],
     shard_of: Callable[[Weight, Architecture, int, int], Shard],
 ) -> list[Holding]:
-    """The distinct shards of a cut into `ways`. places: the layout's ranks that hold its first part; those of the others follow
-    each of them."""
+    """The distinct shards of a weight that is cut into `ways` parts. places: the layout's ranks that hold part 0; part i is on
+    the ranks place + i."""
     cut = _Cut(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
     return [
         Holding(shard, tuple(sorted(place + rank for place in places for rank in ranks)))
