@@ -63,7 +63,8 @@ def check(name: str, found: Results, expected: Results, tolerance: float) -> dic
 
 
 def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`check` every contestant that has a loss, which also warms it up; those without entropy against a loss without it."""
+    """`check` every contestant that has a loss, which also warms it up. Contestants without entropy are compared with a loss
+    without the bonus."""
     tolerance = TOLERANCE[problem.weight.dtype]
     errors = {}
     for has_entropy in (True, False):

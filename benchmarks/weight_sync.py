@@ -6,8 +6,8 @@
 Contestants: `shared_memory`, `sglang.sync: tensor` into a server on this machine; `text`, the same into a server that cannot
 use shared memory, as base64 in JSON; `broadcast`, over gloo. All use the same flat buckets and the same transaction (pause,
 begin, weights, end, flush, version, continue), round robin after a warm-up of each. `bare_copy` copies the buckets in this
-process's memory. Before anything is timed, the server returns log-probs after a sync by each contestant, with zeros sent in
-between: they must be equal.
+process's memory. Before anything is timed, each contestant sends the weights, with zeros sent in between, and the server
+returns log-probs after each: they must be equal.
 """
 
 from __future__ import annotations
