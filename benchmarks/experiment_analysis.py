@@ -189,7 +189,7 @@ def paired_difference(results: Sequence[RunResult], preset: str, baseline: str, 
 def analyse(results: Sequence[RunResult], baseline: str, controls: Sequence[tuple[str, str]] = CONTROLS) -> dict[str, Any]:
     """Everything in the tables and the JSON, as plain data: `presets`, `differences` to the baseline, `controls`, `runs`.
 
-    controls: (preset, second baseline) pairs; pairs of which both were run appear in the list `controls`.
+    controls: (preset, second baseline) pairs. The list `controls` in the result has the pairs whose two presets were both run.
     """
     presets = list(dict.fromkeys(one.run.preset for one in results))
     return {

@@ -1,7 +1,11 @@
 """Part `head` of the GPU benchmark: the single-pass head with row passes in torch and in Triton, against bare matrix products.
 
-Contestants: `torch` and `triton`, forward and backward of the whole head; `products`, only the head's three matrix products,
-chunk by chunk as in the head, with fp32 results; `products_at_once`, over all rows, with results in the operands' dtype.
+Contestants:
+
+- `torch` and `triton`: forward and backward of the whole head.
+- `products`: only the head's three matrix products, chunk by chunk as in the head, with fp32 results.
+- `products_at_once`: the same products over all rows at once, with results in the operands' dtype.
+
 Before anything is timed, `torch` and `triton` are compared with autograd through log_softmax, on the same operands in fp32.
 """
 

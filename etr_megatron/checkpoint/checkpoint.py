@@ -68,7 +68,7 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(
     checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int, best: Collection[int] = ()
 ) -> None:
-    """Write the checkpoint of `step` and remove all but the last `keep` and those of the steps `best`. A collective.
+    """Write the checkpoint of `step`, and remove others except the last `keep` and those of the steps `best`. A collective.
 
     step: number of trained steps; at 0 the optimizer has made no step, and its state is not written.
     trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`. Only rank 0's `trainer` and `best` count.
@@ -219,7 +219,7 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
     nothing to save: the fp32 weights equal the model's.
     """
     policy.finish_update()
-    if policy.adapters:  # all other weights are those that the run started from
+    if policy.adapters:  # all other weights still have their initial values
         adapters = zip(_chunks(policy).items(), policy.adapters.sharded_state_dicts(), strict=True)
         model = {name: found | _scales(policy, chunk) for (name, chunk), found in adapters}
     else:

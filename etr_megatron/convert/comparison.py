@@ -1,6 +1,7 @@
 """Checks that a torch_dist checkpoint is the same model as a HuggingFace one: bit by bit, and by the logits of a prompt.
 
 An FP8 tensor is the same as Megatron's in two cases:
+
 - It dequantises to exactly Megatron's values: the Megatron checkpoint was converted from FP8.
 - Megatron's values, as stored or rounded to bf16, quantise to its bits and scales: the FP8 was exported from them.
 """

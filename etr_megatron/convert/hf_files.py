@@ -38,7 +38,7 @@ def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantiza
         # transformers 5 writes dtype, older versions torch_dtype; a config that was written by both versions has both keys.
         for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = str(*dtypes).removeprefix("torch.")
-    config.pop("quantization_config", None)  # that of the source
+    config.pop("quantization_config", None)  # it describes the source's weights
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # such layers are not converted
     if quantization is not None:

@@ -98,7 +98,7 @@ def _convert(
     writer: SafetensorsWriter,
     written: Callable[[int], Any],
 ) -> None:
-    """Write a weight in the boxes in which it is stored: copied from file to file if possible, else read and written."""
+    """Write a weight box by box, as it is stored: a box is copied from file to file if possible, else read and written."""
     for stored in source.boxes(weight, arch):
         copied = writer.copy(stored)
         if copied:

@@ -42,7 +42,7 @@ class Base:
     dtype: torch.dtype | None
 
     def open(self, arch: Architecture) -> BoxSource:
-        """Its tensors. Raises UserError unless they are a model of this architecture."""
+        """The base's tensors. Raises UserError if they do not match this architecture."""
         if is_torch_dist(self.path):
             return _open_torch_dist(self.path, arch)
         checkpoint = open_checkpoint(self.path)
@@ -63,7 +63,7 @@ class MegatronSource:
     base: Base | None = None
 
     def open(self, arch: Architecture) -> BoxSource:
-        """The model's tensors. Raises UserError unless they are those of this architecture."""
+        """The model's tensors. Raises UserError if they do not match this architecture."""
         if self.base is None:
             return _open_torch_dist(self.weights, arch)
         named, adapters = f"{self.base.named} {self.base.path}", AdapterDir(self.weights, arch)
@@ -132,7 +132,7 @@ def _dtype_of_run(weights: Path) -> torch.dtype | None:
         return None
     from etr_megatron.config import load_config
 
-    return _DTYPES.get(load_config(_run_config(weights), []).model.dtype)  # `auto` is never what a run writes
+    return _DTYPES.get(load_config(_run_config(weights), []).model.dtype)  # a run never writes `auto`
 
 
 def refuse_no_directory(path: Path) -> None:

@@ -101,8 +101,12 @@ class RunDirectory:
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
     def refuse_if_used(self, resume: bool, *, only_records: bool = False) -> None:
-        """Raise `UserError` if there are results here that a run without `checkpoint.resume` would mix with its own, or that
-        training would remove, if a finished run has no checkpoint to resume, or if the directory cannot be read.
+        """Raise `UserError` if this run must not use the directory.
+
+        - It has results, and without `checkpoint.resume` the run would mix its own with them.
+        - It has results that training would remove.
+        - It has a finished run, but no checkpoint to resume.
+        - It cannot be read.
 
         only_records: the run does not train (`rollout.only`), and continues after what such a run has recorded.
         """

@@ -120,8 +120,8 @@ _ROUNDING = 4 + 8 + 8 + 8 + 5 + 9 + 12 + 8 + 6 + 4
 
 
 def projection_seconds(rank: RankAdapters, element: int, gpu: Hardware) -> float:
-    """Seconds for the gradients of A and B from those of the weights, of one microbatch: every part is copied to fp32 and read
-    twice. element: bytes of the model's dtype."""
+    """Seconds to compute the gradients of A and B from the gradients of the weights, for one microbatch: every part is copied
+    to fp32 and read twice. element: bytes of the model's dtype."""
     copies = (element + 4) * rank.parts if element < 4 else 0
     return copies / _memory(gpu) + max(2 * 4 * rank.parts / _memory(gpu), 2 * 2 * rank.products / _products(gpu))
 

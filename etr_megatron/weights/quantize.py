@@ -104,5 +104,5 @@ def _to_fp32(codes: Tensor) -> Tensor:
     bits = codes.view(torch.int8)
     if codes.device.type != "cpu" or not codes.numel() or bits.max() == 0x7F or codes.view(torch.uint8).max() == 0xFF:
         return codes.float()
-    # The cast to int16 extends the sign; after the shift it fills the two uppermost bits, of which the second is cleared.
+    # The cast to int16 extends the sign. After the shift, the sign fills the two uppermost bits, and the second one is cleared.
     return ((bits.short() << 7) & ~0x4000).view(torch.float16).float().mul_(2.0**8)
