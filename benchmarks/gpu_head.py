@@ -42,7 +42,7 @@ PRODUCTS_RATIO = 1.3
 """Upper bound on the time of the head in bf16 relative to its own products."""
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
-"""Largest difference to autograd: of the loss, relative to max(|loss|, 1); of a gradient, relative in the 2-norm."""
+"""Largest allowed difference to autograd: relative to max(|loss|, 1) for the loss, relative 2-norm for a gradient."""
 
 _CHECK_ENTROPY_BONUS = 10.0
 """For the check only: with a usual bonus, the entropy's gradient over a large vocabulary is too small for bf16 to resolve."""

@@ -97,7 +97,7 @@ def server_without_a_model(**responses: Any) -> Iterator[str]:
 def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Address of an SGLang server with the tiny policy's architecture and random weights; no token ends a response.
 
-    overrides: of the config. Raises UserError if it does not start.
+    overrides: config overrides. Raises UserError if it does not start.
     """
     config = load_config(ROOT / CONFIG, list(overrides))
     model = new_model(config.tiny, tokenizer_of(config.tiny)).config

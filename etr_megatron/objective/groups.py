@@ -26,9 +26,9 @@ from torch import Tensor
 class GroupStatistics:
     """Statistics of each sample's group; all tensors float64 [N], in sample order.
 
-    mean, std: of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the declared range.
-    pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in a group whose
-    rewards are all equal, including groups of one, and for samples that do not count.
+    mean, std: statistics of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the
+    declared range. pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in
+    a group whose rewards are all equal, including groups of one, and for samples that do not count.
     """
 
     mean: Tensor

@@ -47,7 +47,7 @@ def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
 
     Changes that fit come first, and among them changes with a known cost, sorted by time.
 
-    config: the planned config, unresolved. options: of `make_plan`.
+    config: the planned config, unresolved. options: see `make_plan`.
     """
     tried = (_tried(setting, changed, plan, options) for setting, changed in _changes(plan, config))
     found = [suggestion for suggestion in tried if suggestion]

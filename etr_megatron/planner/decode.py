@@ -37,8 +37,9 @@ def generation_seconds(
 ) -> float:
     """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
-    concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
-    weights, and keys and values of a token, on one GPU of the server. nodes: over which the tp GPUs are spread evenly.
+    concurrency: maximum number of responses at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes,
+    token_bytes: bytes of the weights, and of a token's keys and values, on one GPU of the server. nodes: number of nodes over
+    which the tp GPUs are spread evenly.
 
     A decode step takes the longer of reading and computing. It reads the weights (of experts only those that the batch chooses)
     and the batch's cache; it computes the products, including the head. Prompts take the time of their products. For both, the

@@ -79,7 +79,7 @@ def check_and_print(argv: Sequence[str]) -> None:
 
 
 def fewest_gpus(config: Config, **options: Any) -> Plan:
-    """The plan for the fewest GPUs, a power of 2, on which an unresolved config is valid and fits. options: of `make_plan`.
+    """The plan for the fewest GPUs, a power of 2, on which an unresolved config is valid and fits. options: see `make_plan`.
 
     Raises UserError if there is none, and for problems that no number of GPUs would fix.
     """

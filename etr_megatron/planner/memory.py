@@ -154,7 +154,7 @@ def _absorbed(arch: Architecture, tp: int) -> int:
 def rank_memory(
     arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: Sequence[RankAdapters]
 ) -> list[RankMemory]:
-    """Memory of every rank. adapters: of every rank. Raises ValueError if the layout does not fit the architecture."""
+    """Memory of every rank. adapters: one entry per rank. Raises ValueError if the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")

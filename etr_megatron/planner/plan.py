@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which are
-    no parameters of the model; held_adapters: of every rank. ranks: training ranks, in order."""
+    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which do
+    not count as parameters of the model. held_adapters: the adapters on every rank. ranks: training ranks, in order."""
 
     config: Config
     arch: Architecture

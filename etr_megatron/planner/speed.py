@@ -62,7 +62,7 @@ def step_time(
     adapters: Sequence[RankAdapters],
 ) -> StepTime:
     """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
-    sync. adapters: of every rank. Excludes grading, checkpoints, evaluation and startup."""
+    sync. adapters: one entry per rank. Excludes grading, checkpoints, evaluation and startup."""
     parallel = config.parallel
     bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
     body = work.samples * body_flops(arch, work.prompt + work.response)

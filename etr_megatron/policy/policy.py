@@ -60,9 +60,9 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Update:
-    """Result of one optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before
-    clipping. lr: of this step. balance: expert load balance, see `ExpertBalance.take`. memory: `platform.take_memory_peaks`
-    since the last update, the highest of all ranks."""
+    """Result of one optimizer step. loss: the whole batch's. sums: see `objective.diagnostic_sums`. grad_norm: gradient norm
+    before clipping. lr: learning rate of this step. balance: expert load balance, see `ExpertBalance.take`. memory:
+    `platform.take_memory_peaks` since the last update, the highest of all ranks."""
 
     loss: float
     sums: dict[str, float]
@@ -133,7 +133,7 @@ class Policy:
         """Tempered log-probs and entropies of the response tokens that the model drew, under the current (or the reference)
         weights, on every rank.
 
-        sequences: of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
+        sequences: one per sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
         """
         if reference and not self.has_reference:

@@ -124,8 +124,8 @@ class RoutingReplay:
 
     @contextmanager
     def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
-        """Context for the passes over these microbatches. routing: of the samples that they index; None lets the routers
-        choose. A collective if routing is given."""
+        """Context for the passes over these microbatches. routing: the step's, which the microbatches index by sample; None
+        lets the routers choose. A collective if routing is given."""
         # Read once, before the passes: every read synchronizes with the device.
         self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
         if routing is not None:

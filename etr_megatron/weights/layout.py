@@ -164,7 +164,7 @@ class WholeLayout:
 
 
 def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
-    """Every weight that a rank holds a shard of, with that shard, in the model's order."""
+    """Every (weight, shard) that a rank holds, in the model's order."""
     for weight in weights_of(arch):
         for holding in placement.holdings(weight, arch):
             if rank in holding.ranks:
@@ -195,7 +195,7 @@ class _Cut:
 
 @lru_cache(maxsize=512)
 def _distinct_shards(cut: _Cut) -> tuple[tuple[Shard, tuple[int, ...]], ...]:
-    """Shards of all ranks of a cut with the ranks that hold them; equal ones (replicated weights, repeated heads) once."""
+    """The distinct shards of a cut, each with the ranks that hold it. Replicas and repeated heads are the same shard."""
     merged: dict[Shard, list[int]] = {}
     for rank in range(cut.ways):
         merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, rank), []).append(rank)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it imports this module
 class Row:
     """A line of the table; `{layer}` and `{expert}` in the names stand for numbers.
 
-    megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
+    megatron: name in Megatron's local layer spec. te: name in Transformer Engine's spec, if it differs.
     hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
     server: name of SGLang's parameter, if it is not the HF name. Rows with the same name are stacked in that parameter, in
     order. fp8: whether block-quantised export and sync quantise it. fp32: whether it is float32, whatever the model's dtype.
@@ -54,7 +54,7 @@ class Weight:
     stored, stored_at: name in a `torch_dist` checkpoint, and (index, size) in its leading axes: of the layer, of the expert.
     hf, shapes: HF names and full shapes. server: the server's parameter. All experts of a rank share one. Other weights may
     share one too: it holds their rows, in the model's order.
-    layer, expert: numbers, None for weights outside of layers and experts.
+    layer, expert: index of the layer and of the expert; None for weights outside of layers or experts.
     """
 
     megatron: str

@@ -106,7 +106,7 @@ class _Box:
 class _Job(NamedTuple):
     """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there).
 
-    number: of the weight, in the model's order. block: see `Plan.block_of`.
+    number: position of the weight in the model's order. block: see `Plan.block_of`.
     """
 
     number: int

@@ -21,7 +21,7 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 class Field(NamedTuple):
-    """A tensor in a flat bucket. name: of an HF tensor or, in `Group.shards`, of a weight (with SCALE_SUFFIX: its scales)."""
+    """A tensor in a flat bucket. name: the HF tensor's or, in `Group.shards`, the weight's name (scales: + SCALE_SUFFIX)."""
 
     name: str
     dtype: torch.dtype
