@@ -63,8 +63,7 @@ def check(name: str, found: Results, expected: Results, tolerance: float) -> dic
 
 
 def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`check` every contestant that has a loss, which also warms it up. Contestants without entropy are compared with a loss
-    without the bonus."""
+    """`check` every contestant that has a loss, which also warms it up. Those without entropy are checked without its bonus."""
     tolerance = TOLERANCE[problem.weight.dtype]
     errors = {}
     for has_entropy in (True, False):

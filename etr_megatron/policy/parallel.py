@@ -68,8 +68,8 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank reports losses, which are equal on all tensor-parallel ranks: last stage, tensor-parallel rank
-        0."""
+        """Whether this rank reports losses: tensor-parallel rank 0 of the last stage, whose tensor-parallel ranks all have
+        them."""
         return self.is_last_stage and self.tp_rank == 0
 
 

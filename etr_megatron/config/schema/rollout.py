@@ -124,8 +124,7 @@ class SglangConfig:
     compiles DeepGEMM's kernels."""
     request_timeout_s: float = 1800.0
     """If a server that has requests (with a router: all servers) completes no response for this time, it has failed. So this
-    must exceed the generation of one response, but not the wait in the server's queue. A single response may take ten times as
-    long."""
+    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

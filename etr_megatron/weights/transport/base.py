@@ -39,8 +39,7 @@ def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block
 
 
 def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], given: Shards | None) -> None:
-    """Raise ValueError for shards on a rank without the role, or naming all shards that are missing or misshapen or of another
-    dtype."""
+    """Raise ValueError for shards on a rank without the role, or naming all that are missing or of wrong shape or dtype."""
     if rank is None and given:
         raise ValueError(f"shards were given for a {role}, which this rank is not")
     problems = []

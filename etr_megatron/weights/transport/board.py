@@ -13,8 +13,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 _SHORTEST_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
-"""Poll intervals of a waiting rank: shortest, longest, growth factor. It notices a change late by a fifth of its wait at
-most."""
+"""Poll intervals of a waiting rank: shortest, longest, growth factor. It notices a change at most 1/5 of its wait late."""
 
 _GRACE_S = 3.0
 """Seconds that a failing rank waits for others to record their presence: their deadlines are at about the same time."""

@@ -25,8 +25,7 @@ Memory = dict[tuple[bool, int, int], Tensor]
 
 
 class Exchange:
-    """One rank's part of a plan. See `ShardedTransport` for the arguments. `run` is a collective without a meeting
-    (`Board`)."""
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`."""
 
     def __init__(self, plan: Plan, wire: Wire, *, dtype: torch.dtype, bucket_bytes: int, memory: Memory | None = None) -> None:
         self.plan, self.wire, self.dtype = plan, wire, dtype
@@ -93,8 +92,7 @@ class Exchange:
         return self.wire.exchange(of_all(self._outgoing, sources, True), of_all(self._incoming, destinations, False))
 
     def _buffer(self, sending: bool, peer: int, number: int) -> Tensor:
-        """Memory for bucket `number` of a peer: one of two buffers, so that one is sent while the other is packed or
-        unpacked."""
+        """Memory for bucket `number` of a peer. There are two: one is sent while the other is packed or unpacked."""
         key = sending, peer, number % 2
         size = max(bucket.nbytes for bucket in (self._outgoing if sending else self._incoming)[peer])
         if key not in self._memory or self._memory[key].numel() < size:

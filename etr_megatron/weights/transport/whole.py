@@ -85,8 +85,7 @@ class Group:
 
 def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
     """Weights in order, in groups of at most `limit` bytes, or of one larger weight. Weights that share a parameter of the
-    server stay together, at the position of the first: a server fuses the parts in one request, and drops a part that comes
-    alone."""
+    server stay together, at the position of the first: a server fuses the parts in one request, and drops single ones."""
     units: dict[str, list[Weight]] = {}
     for weight in weights:
         units.setdefault(weight.server if weight.expert is None else weight.megatron, []).append(weight)
