@@ -68,8 +68,8 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank reports losses: tensor-parallel rank 0 of the last stage, whose tensor-parallel ranks all have
-        them."""
+        """Whether this rank reports losses, which are the same on its tensor-parallel ranks: rank 0 of them, in the last
+        stage."""
         return self.is_last_stage and self.tp_rank == 0
 
 
