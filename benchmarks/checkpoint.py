@@ -3,11 +3,16 @@
     python -m benchmarks.checkpoint            # 57M parameters on 2 ranks; needs an otherwise idle machine
     python -m benchmarks.checkpoint --quick    # a tiny model, whose figures mean nothing
 
-Contestants: `by_rank`, ours; `megatron`, Megatron's format that other layouts can read (`fully_reshardable`), which gathers
-the state on every data-parallel rank; `megatron_mem_efficient`, the same but gathered on the first rank only. All use the same
-writer and reader, and the weights are stored in the same way. Contestants run round robin, each in fresh processes: one save
-and one load are timed. Each figure is the largest of any rank: seconds, the peak of resident memory beyond what was resident
-before, and the bytes read according to the kernel. After the load, the state is compared with what was saved.
+Contestants:
+
+- `by_rank`: ours.
+- `megatron`: Megatron's format that other layouts can read (`fully_reshardable`), which gathers the state on every
+  data-parallel rank.
+- `megatron_mem_efficient`: the same, but gathered on the first rank only.
+
+All use the same writer and reader, and store the weights in the same way. Contestants run round robin, each in fresh processes:
+one save and one load are timed. Each figure is the largest of any rank: seconds, the peak of resident memory beyond what was
+resident before, and the bytes read according to the kernel. After the load, the state is compared with what was saved.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ TOOL = str(ROOT / "tools" / "convert_hf.py")
 
 @dataclass(frozen=True)
 class Way:
-    """A conversion of the directory `source`: hf, megatron or fp8. copies: of `source`, to write as many bytes as it does."""
+    """A conversion of the directory `source`: hf, megatron or fp8. copies: number of copies of `source` that the `cp`
+    contestants make, to write as many bytes as the conversion."""
 
     source: str
     options: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from benchmarks.experiment_runs import Run
 from etr_megatron.config.presets import PRESETS
 
 VOID_BELOW = 0.01
-"""A run that clipped a smaller share of its tokens says nothing about clip ranges."""
+"""A run that clipped a smaller share of its tokens is void: it shows nothing about clip ranges."""
 
 CONTROLS = tuple(("etr", control) for control in ("etr_matched", "etr_shuffled", "etr_inverted_macro"))
 """(preset, second baseline): a claim about elastic ranges must hold against these as well as against a fixed range."""
@@ -129,7 +129,7 @@ def analyse_run(run: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> RunR
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Figures "at the end" average the last tenth of the steps (at least one), as each step is a noisy sample of the policy."""
+    """A run's figures. "At the end" is the mean over the last tenth of the steps (at least one), as single steps are noisy."""
     last = rows[-max(1, len(rows) // 10) :]
     evaluations = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
 
@@ -189,7 +189,7 @@ def paired_difference(results: Sequence[RunResult], preset: str, baseline: str, 
 def analyse(results: Sequence[RunResult], baseline: str, controls: Sequence[tuple[str, str]] = CONTROLS) -> dict[str, Any]:
     """Everything in the tables and the JSON, as plain data: `presets`, `differences` to the baseline, `controls`, `runs`.
 
-    controls: (preset, second baseline) pairs; pairs of which both were run appear in the list `controls`.
+    controls: (preset, second baseline) pairs. The list `controls` in the result has the pairs whose two presets were both run.
     """
     presets = list(dict.fromkeys(one.run.preset for one in results))
     return {

@@ -113,7 +113,7 @@ class Experiment:
 def shared_settings(config: Config) -> dict[str, Any]:
     """`section.key` -> value of the settings that all runs share and that affect their results.
 
-    config: of any run, as loaded: values that the preset decides stay null, and `auto` stays `auto`.
+    config: the config of any run, as loaded: values that the preset decides are null, and `auto` is not resolved.
     """
     own = {"run.name", "run.dir", "run.seed", "run.phase_timeout_s", "objective.preset", "tiny.cache_dir", "reward.workers"}
     return {

@@ -53,7 +53,7 @@ PROMPTS = (
 )
 PROBES, PROBE_TOKENS = 40, 32
 PROBE_PAIRS = (("bf16'", "bf16"), ("fp8", "bf16"), ("fp8", "swapped"))
-"""(who draws the probes, who checks them)."""
+"""(the way that draws the probes, the way that checks them)."""
 PAIRS = (("fp32", "bf16"), ("bf16", "bf16'"), ("bf16", "fp8"), ("fp8", "fp8'"))
 Sample = tuple[list[int], list[int]]
 """Token ids of a prompt and of a response."""
@@ -148,7 +148,7 @@ def gap(one: Tensor, other: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def probes_of(model: PreTrainedModel, eos: int) -> list[Sample]:
-    """What a server draws for `PROBES` probes; as there, it goes on after an end-of-sequence token."""
+    """What a server would draw for `PROBES` probes. As on a server, a probe continues after an end-of-sequence token."""
     torch.manual_seed(1)
     inputs = torch.tensor([list(PROBE_PROMPT)] * PROBES)
     options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, max_new_tokens=PROBE_TOKENS)

@@ -1,7 +1,11 @@
 """Part `head` of the GPU benchmark: the single-pass head with row passes in torch and in Triton, against bare matrix products.
 
-Contestants: `torch` and `triton`, forward and backward of the whole head; `products`, only the head's three matrix products,
-chunk by chunk as in the head, with fp32 results; `products_at_once`, over all rows, with results in the operands' dtype.
+Contestants:
+
+- `torch` and `triton`: forward and backward of the whole head.
+- `products`: only the head's three matrix products, chunk by chunk as in the head, with fp32 results.
+- `products_at_once`: the same products over all rows at once, with results in the operands' dtype.
+
 Before anything is timed, `torch` and `triton` are compared with autograd through log_softmax, on the same operands in fp32.
 """
 
@@ -38,7 +42,7 @@ PRODUCTS_RATIO = 1.3
 """Upper bound on the time of the head in bf16 relative to its own products."""
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
-"""Largest difference to autograd: of the loss, relative to max(|loss|, 1); of a gradient, relative in the 2-norm."""
+"""Largest allowed difference to autograd: relative to max(|loss|, 1) for the loss, relative 2-norm for a gradient."""
 
 _CHECK_ENTROPY_BONUS = 10.0
 """For the check only: with a usual bonus, the entropy's gradient over a large vocabulary is too small for bf16 to resolve."""

@@ -50,7 +50,7 @@ QWEN3_8B = {
     "torch_dtype": "bfloat16",
 }
 LAYERS = 8
-"""Of 36 layers. With Adam's state, 18 bytes per parameter: 50 GB beside the activations."""
+"""Layers in the slice; Qwen3-8B has 36. With Adam's state they take 18 bytes per parameter: 50 GB beside the activations."""
 
 WORKLOAD = {"samples": 8, "prompt": 256, "response": 1792, "tokens_per_microbatch": 8192}
 

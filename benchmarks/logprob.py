@@ -6,11 +6,16 @@
 Measures forward and backward of a clipped surrogate with entropy bonus, from hidden states [T, H], a shard of the head [V/TP,
 H] and one preallocated fp32 weight gradient, to which every contestant adds its own.
 
-Contestants: `single_pass` and `recompute`, ours; (a) `gathered`, the vocabulary gathered over TP, log_softmax and entropy by
-autograd; (b) `megatron_core`, its vocab_parallel_cross_entropy, which has no entropy; (c) `shard_softmax`, which works on
-shards, saves the softmax and computes entropy; (d) only the three matrix products, the fastest variant of which is the floor:
-`gemms` and `gemms_chunked` by torch.mm, `gemms_ours` by the functions that our head uses. All in `logprob_contestants.py`. Loss
-and gradients of each are compared with (a) before any is timed.
+Contestants, all in `logprob_contestants.py`:
+
+- `single_pass` and `recompute`: ours.
+- (a) `gathered`: the vocabulary gathered over TP, log_softmax and entropy by autograd.
+- (b) `megatron_core`: its vocab_parallel_cross_entropy, which has no entropy.
+- (c) `shard_softmax`: works on shards, saves the softmax and computes entropy.
+- (d) `gemms` and `gemms_chunked` by torch.mm, `gemms_ours` by the functions that our head uses: only the three matrix products.
+  The fastest of these is the floor.
+
+Loss and gradients of each are compared with (a) before any is timed.
 
 Time: one process per rank with one thread and gloo; all contestants in the same processes, round robin; the slowest rank
 counts. Memory: fresh processes for each contestant; peak resident memory of one pass beyond inputs, weight and weight gradient,

@@ -22,7 +22,8 @@ ALL_ROWS = slice(None)
 
 
 def _add_weight_grad(weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """As in Megatron: one product into the fp32 buffer. On CPU, torch has no product of bf16 operands into fp32."""
+    """Add the weight gradient as Megatron does, by one product into the fp32 buffer. On CPU, torch has no product of bf16
+    operands with an fp32 result."""
     if grad.dtype == torch.float32:
         weight.main_grad.addmm_(grad.t(), hidden)
     else:

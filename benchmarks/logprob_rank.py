@@ -30,7 +30,7 @@ from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
-"""Largest difference to the reference: of the loss, relative to max(|loss|, 1); of a gradient, relative in the 2-norm."""
+"""Largest allowed difference to the reference: relative to max(|loss|, 1) for the loss, relative 2-norm for a gradient."""
 
 _CHECK_ENTROPY_BONUS = 10.0
 """For the check only: with a usual bonus, the entropy's gradient over a large vocabulary is too small for bf16 to resolve."""
@@ -63,7 +63,7 @@ def check(name: str, found: Results, expected: Results, tolerance: float) -> dic
 
 
 def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`check` every contestant that has a loss, which also warms it up; those without entropy against a loss without it."""
+    """`check` every contestant that has a loss, which also warms it up. Those without entropy are checked without its bonus."""
     tolerance = TOLERANCE[problem.weight.dtype]
     errors = {}
     for has_entropy in (True, False):

@@ -1,5 +1,4 @@
-"""Low-rank adapters against training all weights: time, memory and checkpoints, and what rounding leaves of what was learnt, on
-CPU.
+"""Low-rank adapters against training all weights, on CPU: time, memory, checkpoints, and what rounding leaves.
 
     python -m benchmarks.lora            # 57M parameters on one rank; needs an otherwise idle machine
     python -m benchmarks.lora --quick    # a tiny model, whose figures mean nothing

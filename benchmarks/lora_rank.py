@@ -31,11 +31,11 @@ from etr_megatron.weights import read_architecture  # noqa: E402
 
 SETTINGS = ["parallel.tp=1", "train.lr=1e-5", "train.tokens_per_microbatch=2048"]
 UPDATES = 6
-"""Of which the first, which is slower, is not counted."""
+"""Number of timed updates, including the first, which is slower and not counted."""
 
 
 def build(job: dict[str, Any], dtype: str, samples: int, response: int) -> tuple[Policy, Any]:
-    """The policy and a batch of so many samples and tokens of each, whose old log-probs are its own."""
+    """The policy, and a batch of `samples` responses of `response` tokens whose old log-probs are the policy's own."""
     overrides = [f"model.path={job['model']}", f"model.dtype={dtype}", *SETTINGS, *job["overrides"]]
     config = resolve(load_config(None, overrides), 1, cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
@@ -49,7 +49,7 @@ def build(job: dict[str, Any], dtype: str, samples: int, response: int) -> tuple
 
 
 def seconds(job: dict[str, Any]) -> list[float]:
-    """Those of updates in fp32."""
+    """Seconds of each update in fp32."""
     policy, batch = build(job, "float32", job["samples"], job["tokens"])
     found = []
     for _ in range(UPDATES):
@@ -60,7 +60,7 @@ def seconds(job: dict[str, Any]) -> list[float]:
 
 
 def sizes(job: dict[str, Any]) -> dict[str, int]:
-    """Bytes of tensors and of a checkpoint of a bf16 model after an update."""
+    """Bytes of a bf16 model's tensors and of its checkpoint after an update."""
     policy, batch = build(job, "bfloat16", 2, 8)
     policy.update(batch)
     folder = Path(job["folder"]) / "checkpoints"
@@ -81,7 +81,7 @@ def _optimizer_bytes(optimizer: Any) -> int:
 
 
 def effect(job: dict[str, Any]) -> list[dict[str, float]]:
-    """After each of `updates`: the share of the improvement that rounding leaves, and of elements that it changes."""
+    """After each of `updates`: the share of the improvement that remains after rounding, and the share of elements changed."""
     from transformers import AutoModelForCausalLM
 
     policy, batch = build(job, "bfloat16", 4, 16)

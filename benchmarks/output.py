@@ -23,7 +23,7 @@ def prepare_output(path: Path) -> None:
 
 def code_of_stoppable(main: Callable[[], int]) -> int:
     """Run `main`; returns its exit code. Ctrl-C and SIGTERM exit with 130 and 143, after processes and temporary files are
-    cleaned up: those of `convert` are 15 GB."""
+    cleaned up (`convert` has 15 GB of temporary files)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     return main()

@@ -1,7 +1,7 @@
 """The cost of a command: `python process_cost.py COMMAND...` prints its seconds and its peak resident bytes as a JSON object.
 
-This is a small process of its own because Linux counts what the parent held before the exec in a new process's peak. For the
-same reason it imports only the standard library.
+This is a small process of its own because Linux counts the memory that the parent held before the exec in a new process's peak.
+For the same reason it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """seconds: wall-clock time. peak_resident_bytes: of the largest process among the command and its children."""
+    """seconds: wall-clock time. peak_resident_bytes: peak of the largest of the command's processes."""
 
     seconds: float
     peak_resident_bytes: int

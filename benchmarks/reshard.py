@@ -3,11 +3,16 @@
     python -m benchmarks.reshard            # all cases, 125M parameters in bf16; needs an otherwise idle machine
     python -m benchmarks.reshard --quick    # the same at a tiny size, whose times mean nothing
 
-Contestants: `sharded`, ours; `broadcast`, tensors gathered on rank 0 as for servers and broadcast in buckets, with our parts
-(`reshard_broadcast.py`); `gather_broadcast`, the same by plain torch.distributed; `megatron_core`, its own `resharding` over
-gloo (it needs both models in the same processes, so it is left out of cases with servers; for the form in which it gets
-experts, see `BareModel`); `bare_copy`, as many bytes between the same ranks without packing. All in `reshard_contestants.py`.
-What each delivers is compared bit for bit with the destination's shards before any is timed.
+Contestants, all in `reshard_contestants.py`:
+
+- `sharded`: ours.
+- `broadcast`: tensors gathered on rank 0, as for servers, and broadcast in buckets, with our parts (`reshard_broadcast.py`).
+- `gather_broadcast`: the same by plain torch.distributed.
+- `megatron_core`: its own `resharding` over gloo. It needs both models in the same processes, so it is left out of cases with
+  servers. `BareModel` gives it experts.
+- `bare_copy`: as many bytes between the same ranks without packing.
+
+The output of each is compared bit for bit with the destination's shards before any is timed.
 
 One process with one thread per rank; all contestants in the same processes, round robin; the slowest rank counts. In cases
 "A -> B", both layouts are in the same processes, and what a process already holds is not sent; in "A -> server B" they are in

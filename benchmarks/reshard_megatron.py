@@ -106,8 +106,8 @@ class BareModel(torch.nn.Module):
     """Shards of one pipeline stage as parameters of a model, with all attributes that resharding reads.
 
     Resharding recognises experts only by Transformer Engine's names (`weight3`): from a model built on CPU it would send local
-    expert 0 of any rank as expert 0. Megatron's Transformer Engine experts, for their part, do not say along which dimension
-    they are split, nor that gate and up are split separately. These parameters do.
+    expert 0 of any rank as expert 0. Megatron's Transformer Engine experts lack two attributes: the dimension along which they
+    are split, and that gate and up are split separately. These parameters have both.
     """
 
     def __init__(self, placement: TrainingLayout, arch: Architecture, shards: dict[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ LLAMA_70B = architecture("llama", 80, 8192, 28_672, 64, 8, 128_256, head_dim=128
 
 @dataclass(frozen=True)
 class Case:
-    """Two layouts. together: in the same processes, so that what a process already holds is not sent."""
+    """Two layouts. together: both are in the same processes, so that a process is not sent what it already holds."""
 
     name: str
     source: TrainingLayout

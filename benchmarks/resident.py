@@ -1,4 +1,4 @@
-"""Resident memory that a call needs."""
+"""Measures the resident memory that a call needs."""
 
 from __future__ import annotations
 

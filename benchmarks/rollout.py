@@ -4,16 +4,23 @@
     python -m benchmarks.rollout --part client --part tail              # without a real server
     python -m benchmarks.rollout --quick --part client --part tail      # checks that it works; its times mean nothing
 
-Parts. `server`: a real SGLang server on CPU with a small random model; all responses have the same length. `client`: a server
-without a model (`rollout_server.py`), which answers at once: the cost of a request in this process, in CPU seconds of all its
-threads. `tail`: the same server, with one response in a hundred eight times as long as the others, at the same tokens per
-second for each: how long a step waits for its groups and for its weight sync, with and without partial rollouts, and without
-any long responses. Ranks "train" by sleeping for the duration of an ordinary response; there are no weights.
+Parts:
 
-Contestants: `sampler`, ours, from `Sampler.take` to complete groups with their texts; `bare_loop`, asyncio and httpx, the
-replies' JSON parsed and dropped; `bare_connections`, the same loop over our connections (`rollout/sglang/connections.py`). All
-run in this process, round robin, in alternating order. Each round has new prompts, the server's cache is flushed before each
-contestant, and the first round is left out.
+- `server`: a real SGLang server on CPU with a small random model; all responses have the same length.
+- `client`: a server without a model (`rollout_server.py`) that answers at once. Measures the cost of a request in this process,
+  in CPU seconds of all its threads.
+- `tail`: the same server. One response in a hundred is eight times as long as the others; all have the same tokens per second.
+  Measures how long a step waits for its groups and for its weight sync: with partial rollouts, without them, and without long
+  responses. Ranks "train" by sleeping for the duration of an ordinary response; there are no weights.
+
+Contestants:
+
+- `sampler`: ours, from `Sampler.take` to complete groups with their texts.
+- `bare_loop`: asyncio and httpx; the JSON of replies is parsed and dropped.
+- `bare_connections`: the same loop over our connections (`rollout/sglang/connections.py`).
+
+All run in this process, round robin, in alternating order. Each round has new prompts, the server's cache is flushed before
+each contestant, and the first round is left out.
 """
 
 from __future__ import annotations
@@ -90,7 +97,7 @@ def server_without_a_model(**responses: Any) -> Iterator[str]:
 def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Address of an SGLang server with the tiny policy's architecture and random weights; no token ends a response.
 
-    overrides: of the config. Raises UserError if it does not start.
+    overrides: config overrides. Raises UserError if it does not start.
     """
     config = load_config(ROOT / CONFIG, list(overrides))
     model = new_model(config.tiny, tokenizer_of(config.tiny)).config

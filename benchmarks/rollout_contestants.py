@@ -29,7 +29,7 @@ from etr_megatron.types import Problem
 from etr_megatron.weights import read_architecture
 
 STEPS = 10_000
-"""More steps than any measurement has."""
+"""Steps of the run in the config; more than any measurement runs."""
 
 
 @dataclass(frozen=True)

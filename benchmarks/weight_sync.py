@@ -3,11 +3,16 @@
     bash tools/setup_env.sh --sglang && python -m benchmarks.weight_sync    # 0.4 GB in fp32
     python -m benchmarks.weight_sync --quick                                # 1 MB, whose times mean nothing
 
-Contestants: `shared_memory`, `sglang.sync: tensor` into a server on this machine; `text`, the same into a server that cannot
-use shared memory, as base64 in JSON; `broadcast`, over gloo. All use the same flat buckets and the same transaction (pause,
-begin, weights, end, flush, version, continue), round robin after a warm-up of each. `bare_copy` copies the buckets in this
-process's memory. Before anything is timed, the server returns log-probs after a sync by each contestant, with zeros sent in
-between: they must be equal.
+Contestants:
+
+- `shared_memory`: `sglang.sync: tensor` into a server on this machine.
+- `text`: the same into a server that cannot use shared memory, as base64 in JSON.
+- `broadcast`: over gloo.
+- `bare_copy`: only copies the buckets in this process's memory.
+
+All but `bare_copy` use the same flat buckets and the same transaction (pause, begin, weights, end, flush, version, continue),
+round robin after a warm-up of each. Before anything is timed, each contestant sends the weights, with zeros sent in between,
+and the server returns log-probs after each: they must be equal.
 """
 
 from __future__ import annotations

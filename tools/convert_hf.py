@@ -169,7 +169,7 @@ def end_on_signals() -> None:
 
     def wait() -> None:
         number = signal.sigwait(signals)
-        # One sentence per node, and none if torchrun stops the ranks because one of them has reported a mistake.
+        # Print one sentence per node, and none if torchrun stops the ranks because one of them has reported a mistake.
         give_up(f"stopped by {signal.Signals(number).name}", 128 + number)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()

@@ -68,10 +68,10 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(
     checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int, best: Collection[int] = ()
 ) -> None:
-    """Write the checkpoint of `step` and remove all but the last `keep` and those of the steps `best`. A collective.
+    """Write the checkpoint of `step`, and remove others except the last `keep` and those of the steps `best`. A collective.
 
     step: number of trained steps; at 0 the optimizer has made no step, and its state is not written.
-    trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`. Of it and `best`, only rank 0's count.
+    trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`. Only rank 0's `trainer` and `best` count.
     Raises UserError, naming the path, if the disk is full; the partial checkpoint is removed and older ones stay untouched.
     """
     final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
@@ -117,7 +117,7 @@ def save(
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     """Restore the policy to the state of `step` (in place) and return the trainer's state. A collective.
 
-    Only rank 0 gets the trainer's tensors. The layout may differ from the one that saved; RNG states then stay as seeded.
+    Only rank 0 gets the trainer's tensors. The layout may differ from the layout that saved; RNG states then stay as seeded.
     Raises UserError for a checkpoint that does not fit the model or is damaged.
     """
     path = _path(checkpoints, step)
@@ -174,7 +174,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
 
 
 def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
-    """Refuse a checkpoint of the other optimizer kind: formats differ, and Megatron would fail midway through loading."""
+    """Refuse a checkpoint whose `train.distributed_optimizer` differs: Megatron would fail midway through loading it."""
     now = policy.config.train.distributed_optimizer
     written = trainer.get(_DISTRIBUTED, now)
     if trainer["step"] > 0 and written != now:
@@ -185,8 +185,8 @@ def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy)
 
 
 def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
-    """Refuse a checkpoint of other adapters, or of all weights where adapters are trained, and the reverse; and adapters of
-    another model. A collective."""
+    """Refuse a checkpoint that holds other adapters, adapters of another model, adapters where all weights are trained, or all
+    weights where adapters are trained. A collective."""
     base = policy.adapters.base_sum()
     now = policy.adapters.spec
     written = read_low_rank(path) if holds_adapters(path) else None
@@ -207,19 +207,19 @@ def _sizes(layout: Layout) -> dict[str, int]:
 
 
 def _chunks(policy: Policy) -> dict[str, PolicyModel]:
-    """The model chunks by Megatron's name for them in a checkpoint."""
+    """The model chunks by their keys in Megatron's checkpoint."""
     chunks = policy.chunks
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool = True) -> dict[str, Any]:
-    """Megatron's sharded state; sharded tensors carry their place in the whole, so any layout can read them.
+    """Megatron's sharded state. Each sharded tensor carries its offset in the global tensor, so any layout can read it.
 
-    optimizer: whether it has made a step. Before that, Adam lacks the state that Megatron would read, and there is nothing to
-    save: its fp32 weights equal the model's.
+    optimizer: whether the optimizer has made a step. Before that, Adam lacks the state that Megatron would read, and there is
+    nothing to save: the fp32 weights equal the model's.
     """
     policy.finish_update()
-    if policy.adapters:  # all other weights are those that the run started from
+    if policy.adapters:  # all other weights still have their initial values
         adapters = zip(_chunks(policy).items(), policy.adapters.sharded_state_dicts(), strict=True)
         model = {name: found | _scales(policy, chunk) for (name, chunk), found in adapters}
     else:
@@ -244,7 +244,7 @@ def _scales(policy: Policy, chunk: PolicyModel) -> dict[str, ShardedObject]:
 
 
 def _without_other_scales(path: Path, chunks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The states without scales that the checkpoint does not have, as it was written with another FP8 recipe."""
+    """Remove scales from the chunks' states that the checkpoint lacks because it was written with another FP8 recipe."""
     if not any(isinstance(part, ShardedObject) for state in chunks.values() for part in state.values()):
         return chunks
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -255,7 +255,7 @@ def _without_other_scales(path: Path, chunks: dict[str, dict[str, Any]]) -> dict
 
 
 def _create_adam_state(optimizer: Any) -> None:
-    """The distributed optimizer reads torch Adam's state before the first step would create it."""
+    """Create torch Adam's state, which the distributed optimizer reads, although Adam creates it only in its first step."""
     for one in optimizers_of(optimizer):
         inner = one.optimizer
         for parameter in (p for group in inner.param_groups for p in group["params"]):

@@ -1,10 +1,10 @@
-"""The distributed optimizer's state in a checkpoint: every rank writes and reads only what it holds.
+"""The distributed optimizer's state in a checkpoint: every rank writes and reads only its own shard.
 
-Megatron's layout-independent format (`fully_reshardable`) gathers, at a save, the whole state of a model-parallel rank on every
-data-parallel rank (12 bytes per parameter in host memory, eight times on a node), and one of them writes it; at a load, each
-reads all of it and keeps its part. But a part can be stored directly: a data-parallel rank holds a range of every flattened
-parameter, a range of a tensor is a few boxes, and torch_dist stores boxes of any size. Tensors keep the names and shapes of
-Megatron's format, so that either can be read as the other.
+Megatron's layout-independent format is `fully_reshardable`. To save, it gathers the whole state of a model-parallel rank on
+every data-parallel rank (12 bytes per parameter in host memory, eight times on a node), and one of these ranks writes it. To
+load, each rank reads all of it and keeps its shard. Here each rank stores its shard directly: the shard is a range of every
+flattened parameter, a range of a tensor is a few boxes, and torch_dist stores boxes of any size. Tensors have the names and
+shapes of Megatron's format, so each format can be read as the other.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _own_ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]
 def _sharded_param_state(
     optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """Replaces Megatron's method: sharded tensors by parameter and state; in new fp32 CPU memory if `is_loading`."""
+    """Replaces Megatron's method. Returns sharded tensors by parameter and state, in new fp32 CPU memory if `is_loading`."""
     stored = nested_values(model_sharded_state_dict)
     places = {place.data: place for place in stored if isinstance(place, ShardedTensor | ShardedTensorFactory)}
     found: dict[int, dict[str, list[ShardedTensor]]] = {}
@@ -92,7 +92,7 @@ def _sharded_param_state(
 
 
 def _pieces(parts: list[tuple[int, ShardedTensor]], state: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
-    """Boxes, as views, of a state's `values` [n]: the elements from `begin` on of the flattened local tensor of these parts."""
+    """A state's `values` [n] as boxes (views). values[0] is element `begin` of the flattened local tensor of `parts`."""
     for base, part in parts:
         size = math.prod(part.local_shape)
         low, high = max(begin - base, 0), min(begin + len(values) - base, size)
@@ -116,9 +116,9 @@ def _pieces(parts: list[tuple[int, ShardedTensor]], state: str, values: Tensor, 
 
 
 def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[int, ShardedTensor]]:
-    """(offset in the flattened local tensor, sharded tensor without data): one, or as many as a factory builds.
+    """(offset in the flattened local tensor, sharded tensor without data): one, or all that a factory builds.
 
-    Gate and up projections are one local parameter but apart in the global tensor; building the factory gives their places.
+    Gate and up projections are one local parameter, but are not adjacent in the global tensor. The factory gives their offsets.
     """
     if not isinstance(place, ShardedTensorFactory):
         return [(0, replace(place, data=None))]
@@ -132,7 +132,7 @@ def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory) -> list[tuple
 
 @torch.no_grad()
 def _load_param_state(optimizer: Any, state: dict[int, dict[str, list[Tensor]]]) -> None:
-    """Replaces Megatron's method: copies the tensors that `_sharded_param_state` asked for into the optimizer."""
+    """Replaces Megatron's method. Copies the loaded tensors, which `_sharded_param_state` described, into the optimizer."""
     for number, (parameter, _, _) in enumerate(_own_ranges(optimizer)):
         held = {name: torch.cat([piece.reshape(-1) for piece in pieces]) for name, pieces in state[number].items()}
         optimizer._set_main_param_and_optimizer_states(parameter, held)

@@ -32,7 +32,7 @@ class _Writer(dcp.FileSystemWriter):
     """
 
     def write_data(self, *args: Any) -> Any:
-        """Raises OSError for a full disk, whatever exception wraps it."""
+        """Write; if the disk is full, raise the OSError itself, even if torch has wrapped it in another exception."""
         try:
             return super().write_data(*args)
         except Exception as error:

@@ -58,7 +58,7 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
         return None
     if (several := _several(hint)) and isinstance(node, yaml.CollectionNode) and (node.flow_style or verbatim is None):
         options = (several,)
-    if len(options) == 1:  # whose own words say more
+    if len(options) == 1:  # its own error message is more specific
         return _coerce_one(node, options[0], verbatim)
     for option in options:
         if option is NoneType:
@@ -71,8 +71,8 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
 
 
 def plain_text(text: str, hint: Any) -> str:
-    """The text of an override that is no YAML at all, if it can be meant as it is: not with an opening bracket, where a list or
-    a mapping may stand. Raises Mismatch."""
+    """The text of an override that is not valid YAML, for a key that takes text. Raises Mismatch for other keys, and for text
+    with an opening bracket if the key may be a list or a mapping."""
     if _several(hint) and text.lstrip().startswith(("[", "{")):
         raise Mismatch(f"{describe(hint)}; quote text that contains brackets, a comma or a colon")
     if str not in _options(hint):
@@ -81,7 +81,7 @@ def plain_text(text: str, hint: Any) -> str:
 
 
 def _several(hint: Any) -> Any:
-    """The list or mapping of a union, if there is one."""
+    """The list or mapping type in a union, or None."""
     return next((option for option in _options(hint) if get_origin(option) in (tuple, dict)), None)
 
 

@@ -12,18 +12,18 @@ from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig, 
 T = TypeVar("T")
 
 EVALUATED = ("eval.every", "data.eval", "rollout.only")
-"""The keys that decide whether there is an evaluation, with a limit in `response_limits`."""
+"""The keys that decide whether the run evaluates, and so whether `response_limits` has a limit for evaluations."""
 
 
 def resolved(value: T | None) -> T:
-    """The value of a field that `resolve` (one of the objective: `fill_objective`) has filled in where it was null."""
+    """The value of a field that cannot be null any more: `resolve` (for the objective, `fill_objective`) has filled it in."""
     assert value is not None
     return value
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """`objective` with every null field that its preset defines set to the preset's value, and a null KL estimator set to one
-    that pulls towards the reference where `kl_in` puts it (see `objective.kl_estimate`).
+    """`objective` with null fields filled in: fields that the preset defines get its value, and the KL estimator becomes one
+    whose gradient pulls towards the reference for this `kl_in` (see `objective.kl_estimate`).
 
     Presets do not define `constant_length` and `dual_clip`, which stay unchanged.
     """

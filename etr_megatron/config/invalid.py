@@ -11,8 +11,8 @@ from etr_megatron.errors import UserError
 class InvalidConfigError(UserError):
     """A config is invalid; the message lists all problems.
 
-    head: start of the message. config: as far as it could be read. doubtful: the `section.key`s whose values in it are
-    themselves wrong or not what the user tried to set, so that no further conclusions can be drawn from them.
+    head: start of the message. config: the part of the config that could be read. doubtful: the `section.key`s in it whose
+    values are wrong or not what the user tried to set; checks must not draw conclusions from them.
     """
 
     def __init__(self, head: str, problems: Sequence[str], config: Config, doubtful: Collection[str] = ()) -> None:

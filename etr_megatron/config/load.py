@@ -26,7 +26,7 @@ KEYS = frozenset(f"{section}.{name}" for section, names in SECTIONS.items() for 
 
 @dataclass
 class _Problems:
-    """Problems to report, and the keys whose values could not be read, about which nothing more can be reported."""
+    """Problems to report, and the keys whose values could not be read; these keys are not checked further."""
 
     told: list[str] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
@@ -191,7 +191,7 @@ def _known(section: str, name: str, source: str, problems: _Problems) -> bool:
 
 
 def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
-    """What may have been meant: the key of that name in any section, else the nearest key here, else the nearest anywhere.
+    """The key that the user may have meant: one of that name in any section, else the nearest here, else the nearest anywhere.
 
     Returns the keys (for a section, all of its keys), and `; did you mean ...?`.
     """

@@ -12,7 +12,7 @@ from etr_megatron.config.validate import render, validate
 
 LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 0.2}
 """Mean gap between rollout and trainer log-probs (nats per token) above which the first step is refused. `fp8`: if the servers,
-the trainer or both compute in it; docs/rollout.md says what that rests on."""
+the trainer or both compute in FP8; docs/rollout.md explains this value."""
 
 
 def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:

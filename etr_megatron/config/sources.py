@@ -1,4 +1,4 @@
-"""The sources of problems in a config, and what is set for each."""
+"""The sources of problems in a config, and the settings of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the next values while the previous ones are written."""
+"""Prefetching: computes the next values while the previous ones are written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; each is made in another thread while the caller works on the previous one, so that two exist at a time.
+    """The same items, each computed in another thread while the caller works on the previous one. So two exist at a time.
 
-    An error in making an item is raised in its place. Items must not share memory.
+    If computing an item fails, the error is raised in place of the item. Items must not share memory.
     """
     end = object()
     with ThreadPoolExecutor(1, "one_ahead") as thread:

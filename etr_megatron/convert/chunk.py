@@ -1,4 +1,4 @@
-"""The chunks from which a `torch_dist` checkpoint is planned."""
+"""The chunks of tensors that a `torch_dist` checkpoint is planned from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from etr_megatron.weights.file_tensor import Index, Span
 class ChunkToWrite:
     """A box of a global tensor: `size` from `offset` in one of `shape`, of `dtype`.
 
-    read: returns its values, of shape `size`. spans: returns the byte ranges that it consists of, in order, if they are in
-    files exactly as they will be stored, else None.
+    read: returns the values, of shape `size`. spans: if the values are in files exactly as they will be stored, returns their
+    byte ranges in order, else None.
     """
 
     name: str

@@ -1,7 +1,9 @@
 """Checks that a torch_dist checkpoint is the same model as a HuggingFace one: bit by bit, and by the logits of a prompt.
 
-An FP8 tensor is the same as Megatron's if it dequantises to exactly Megatron's values (a checkpoint that was converted from
-FP8), or if quantising these, as stored or rounded to bf16, gives its bits and scales (FP8 that was exported from it).
+An FP8 tensor is the same as Megatron's in two cases:
+
+- It dequantises to exactly Megatron's values: the Megatron checkpoint was converted from FP8.
+- Megatron's values, as stored or rounded to bf16, quantise to its bits and scales: the FP8 was exported from them.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from etr_megatron.weights.map import EMBEDDING, hf_name
 PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
 
 LOGIT_TOLERANCE = 1e-5
-"""Largest difference of two logits, relative to the largest one: many fp32 terms are summed in another order."""
+"""Largest allowed difference of two logits, relative to the largest logit: fp32 sums differ in the order of their terms."""
 
 
 @dataclass
 class Verification:
     """Result of `verify`. differing: HF names of tensors with any bit that differs. tensors: how many were compared.
 
-    rounded: HF names of FP8 tensors that are the same once Megatron's values are quantised. logits: (largest difference,
+    rounded: HF names of FP8 tensors that are the same only after Megatron's values are quantised. logits: (largest difference,
     largest logit), None if they were not compared.
     """
 
@@ -70,11 +72,11 @@ def verify(
 ) -> Verification:
     """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of a prompt in fp32.
 
-    FP8 is compared as the module says; where it is the quantised form of Megatron's values, the logits are computed from these.
-    prompt: None means `PROMPT`. base: see `find_megatron`; adapters are compared merged with it. One process only. Tensors are
-    read part by part, those to be quantised one at a time; for the logits both models are in memory. Raises UserError for
-    directories that cannot be read or hold different architectures, and for a prompt without tokens, without a tokenizer, or
-    with a tokenizer of another model.
+    FP8 is compared as the module docstring says. Where it is the quantised form of Megatron's values, the logits are computed
+    from Megatron's values. prompt: None means `PROMPT`. base: see `find_megatron`; adapters are merged into it before they are
+    compared. One process only. Tensors are read part by part, tensors to be quantised one at a time; for the logits both models
+    are in memory. Raises UserError for directories that cannot be read or hold different architectures, and for a prompt
+    without tokens, without a tokenizer, or with a tokenizer of another model.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -122,7 +124,7 @@ def _compare_tensors(arch: Architecture, stored: BoxSource, source: SafetensorsD
 
 
 def _is_quantised(name: str, weight: Weight, stored: BoxSource, source: Fp8Dir, quantiser: Quantiser) -> bool:
-    """Whether a tensor is FP8 and equals, with its scales, the quantised form of the stored values or of these in bf16."""
+    """Whether a tensor is FP8 and equals, with its scales, the stored values quantised as they are or rounded to bf16 first."""
     if name not in source.quantized:
         return False
     dtypes = dict.fromkeys((stored.type_of(name, weight), torch.bfloat16))
@@ -200,9 +202,9 @@ def _transformers_logits(
 ) -> Tensor:
     """fp32 [1, S, V] on the CPU, from weights rounded to their types in the Megatron checkpoint.
 
-    stored: HF name -> that type. usual: the type of experts, which transformers fuses under other names. FP8 is passed in
-    dequantised, or as the values that it was made of if these are in `exact`: transformers' own kernels need a GPU and quantise
-    activations as well.
+    stored: HF name -> type in the Megatron checkpoint. usual: the type of experts, which transformers fuses under other names.
+    exact: for some FP8 tensors, the values that were quantised. The model gets these, and other FP8 tensors dequantised,
+    because transformers' own FP8 kernels need a GPU and quantise activations as well.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -211,7 +213,7 @@ def _transformers_logits(
     from etr_megatron import platform
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a table of what the model does not use, as layers for multi-token prediction
+    logging.set_verbosity_error()  # hides a table of unused tensors, such as layers for multi-token prediction
 
     if isinstance(source, Fp8Dir):
         config = AutoConfig.from_pretrained(hf)

@@ -9,14 +9,14 @@ from pathlib import Path
 from etr_megatron.errors import UserError
 
 WRITE_BYTES = 2**17
-"""Bytes per write from memory: for more, Linux looks for large stretches of free memory, and took up to ten times as long."""
+"""Bytes per write from memory. For more, Linux looks for large free blocks of memory; writes took up to ten times as long."""
 
 _COPY_BYTES = 2**23
 _NOT_POSSIBLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
-"""The kernel's errors for files between which it cannot copy; then bytes go through this process."""
+"""Errors by which the kernel reports that it cannot copy between two files; then this process reads and writes the bytes."""
 _FAILED_DISK = (errno.EIO, errno.ESTALE)
 _WORTH_WRITING = 2**18
-"""For fewer bytes, the kernel decides when to write them to the disk."""
+"""Minimum bytes for `start_writeback`; smaller writes are left to the kernel's own writeback."""
 
 
 def copy_bytes(source: Path, begin: int, target: Path, at: int, count: int) -> None:

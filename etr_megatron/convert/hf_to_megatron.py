@@ -37,12 +37,12 @@ CHUNK_BYTES = 16 * 2**20
 def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = None) -> int:
     """Write the torch_dist checkpoint of a HuggingFace directory to `out`, with config and tokenizer beside it. A collective.
 
-    dtype: None keeps that of the checkpoint, bf16 for FP8 weights. Returns the bytes of all tensors. Raises UserError for a
-    directory that cannot be converted, and as `output_directory`.
+    dtype: type of the output; None keeps the checkpoint's, and bf16 for FP8 weights. Returns the bytes of all tensors. Raises
+    UserError for a directory that cannot be converted, and as `output_directory`.
     """
     if is_torch_dist(hf):
         raise UserError(f"--hf {hf} is already a torch_dist checkpoint")
-    from etr_megatron.convert.torch_dist_writer import write_torch_dist  # takes a second, which other code does not need
+    from etr_megatron.convert.torch_dist_writer import write_torch_dist  # takes a second to import
 
     arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype, ranks.rank == 0))
     sizes = [chunk.nbytes for chunk in chunks]
@@ -96,7 +96,8 @@ def _chunks(arch: Architecture, source: SafetensorsDir, dtypes: dict[str, torch.
 
 
 def _rows(weight: Weight, shard: Shard, first: int, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Parts of `count` rows of the shard, in order: (HF name, corner there, first row in the shard, rows), at full width."""
+    """Rows [first, first + count) of the shard as parts at full width, in order: (HF name, corner of the part in the HF tensor,
+    first row in the shard, rows)."""
     for piece in shard.pieces:
         low, high = max(first, piece.at[0]), min(first + count, piece.at[0] + piece.size[0])
         if low < high:
@@ -108,7 +109,7 @@ def _read_rows(
 ) -> Tensor:
     """Rows of the shard from `first` on, read from the HF tensors; returned as `size`."""
     shape = size[len(weight.stored_at) :]
-    # Only a padded vocabulary has rows that nothing is read into.
+    # Only a padded vocabulary has rows that are not read from the HF tensors; they must be zero.
     out = (torch.zeros if weight.split == "vocab" else torch.empty)(shape, dtype=dtype)
     for name, begin, row, rows in _rows(weight, shard, first, shape[0]):
         part = out[row - first : row - first + rows]

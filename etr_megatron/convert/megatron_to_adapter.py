@@ -1,4 +1,4 @@
-"""A run's checkpoint of adapters to a directory that PEFT and servers load beside the model that the adapters belong to."""
+"""Converts a run's checkpoint of adapters to a directory that PEFT and servers load on top of the adapters' base model."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from etr_megatron.weights import (
 )
 
 _FUSED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-"""Modules that PEFT looks for among the experts alone, if a model has any."""
+"""Names of modules that PEFT takes for experts, and only for experts, if a model has experts."""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A linear module of the output. adapter: its adapter; None where it gets zeros because others need it."""
+    """A linear module of the output. adapter: its adapter; None if zeros are written, because a module of its group has one."""
 
     name: str
     rows: int
@@ -44,7 +44,7 @@ class _Module:
     adapter: Adapter | None
 
     def tensors(self, rank: int, dtype: torch.dtype) -> tuple[TensorToWrite, TensorToWrite]:
-        """What is written of it, of that rank: A and B."""
+        """The tensors to write for this module, A and B of the given rank."""
         prefix = f"base_model.model.{self.name}"
         return (
             TensorToWrite(f"{prefix}.lora_A.weight", dtype, (rank, self.columns)),
@@ -63,8 +63,8 @@ def to_adapter(
 ) -> int:
     """Write the adapters of a run's checkpoint, or of a run, in PEFT's format to `out`. A collective.
 
-    All get the same rank, the largest, since servers know only one: smaller ones end in zeros. Of modules that servers fuse,
-    and of an expert's, all are written if one is adapted, those without an adapter as zeros.
+    All adapters get the largest rank, since servers support only one rank; smaller ones are padded with zeros. If one of
+    several modules that servers fuse, or one module of an expert, is adapted, all of them are written, the others as zeros.
 
     dtype: None keeps float32, as they are trained. config_from, base: see `find_megatron`. Returns the bytes of all tensors.
     Raises UserError for a checkpoint of a whole model, or one that does not fit the config.json, and as `output_directory`.
@@ -116,12 +116,12 @@ def _modules(arch: Architecture, low_rank: LowRank) -> Iterator[_Module]:
 
 
 def _group(weight: Weight) -> str:
-    """Equal for weights that a server fuses, and for all of an expert's, which PEFT finds only together."""
+    """A key that is equal for weights that a server fuses, and for all weights of an expert, which PEFT finds only together."""
     return weight.server if weight.expert is None else f"expert {weight.expert} of layer {weight.layer}"
 
 
 def _factors(module: _Module, source: AdapterDir, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, columns] and B [rows, rank] in fp32, whose product times alpha / rank is the adapter's."""
+    """A [rank, columns] and B [rows, rank] in fp32, such that B A * alpha / rank is what the adapter adds to its matrix."""
     a, b = torch.zeros(rank, module.columns), torch.zeros(module.rows, rank)
     if module.adapter is not None:
         own = module.adapter.rank
@@ -131,7 +131,7 @@ def _factors(module: _Module, source: AdapterDir, rank: int) -> tuple[Tensor, Te
 
 
 def _config(base: Path, arch: Architecture, low_rank: LowRank, modules: list[_Module], rank: int) -> dict[str, Any]:
-    """adapter_config.json: what PEFT writes, but for fields that have its defaults."""
+    """The content of adapter_config.json: what PEFT writes, without fields that have PEFT's default values."""
     names, alpha = [module.name for module in modules], low_rank.alpha
     parameters = []
     if arch.experts is not None:

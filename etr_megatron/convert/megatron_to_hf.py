@@ -36,13 +36,13 @@ def to_hf(
 ) -> int:
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
-    Adapters are merged with their base, as the run does it: with the base in the type of the run's model, to which sums are
-    rounded, or in its own if neither the checkpoint nor a config.yaml of the run says it.
-
-    dtype: None keeps what is stored, or those sums. fp8_block: quantise the weights that the map marks, block by block, after
-    rounding to `dtype` if it is given, as a weight sync of a model in that type does. config_from: where config.json and the
-    tokenizer are. base: of adapters, the model that they were trained on; see `find_megatron` for both. Returns the bytes of
-    all tensors. Raises UserError for a checkpoint that does not fit its config.json, and as `output_directory`.
+    Adapters are merged with their base, as in the run. The base is in the dtype of the run's model, and sums are rounded to
+    this dtype; if neither the checkpoint nor the run's config.yaml names it, it is the dtype in which the base is stored.
+    dtype: None keeps the stored values or, with adapters, the sums. fp8_block: quantise the weights that the map marks, block
+    by block. If `dtype` is given, values are rounded to it first, as in a weight sync of a model in that dtype. config_from:
+    where config.json and the tokenizer are. base: of adapters, the model that they were trained on; see `find_megatron` for
+    both. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its config.json, and as
+    `output_directory`.
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
     weights = list(weights_of(arch))
@@ -80,7 +80,7 @@ def _open(megatron: Path, config_from: Path | None, base: Path | None) -> tuple[
 
 
 def _tensors(source: BoxSource, weight: Weight, dtype: torch.dtype | None, fp8_block: int | None) -> list[TensorToWrite]:
-    """What a weight becomes: its HF tensors, or for each of them the quantised one and its scales."""
+    """The tensors to write for a weight: its HF tensors or, with FP8, each of them quantised and its scales."""
     tensors = []
     for name, shape in zip(weight.hf, weight.shapes, strict=True):
         if fp8_block and weight.fp8:
@@ -98,7 +98,7 @@ def _convert(
     writer: SafetensorsWriter,
     written: Callable[[int], Any],
 ) -> None:
-    """Write a weight in the boxes in which it is stored: copied from file to file if possible, else read and written."""
+    """Write a weight box by box, as it is stored: a box is copied from file to file if possible, else read and written."""
     for stored in source.boxes(weight, arch):
         copied = writer.copy(stored)
         if copied:

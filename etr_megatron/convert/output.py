@@ -16,24 +16,24 @@ from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import disk_full_behind, no_room, sync_to_disk
 
 _SPARE_BYTES = 16 * 2**20
-"""Room for what is written besides tensors: headers, an index, a tokenizer."""
+"""Disk space for files and headers besides tensors: safetensors headers, an index, a tokenizer."""
 
 SEEN_S = 30.0
-"""Time after which a file of rank 0's counts as invisible: a network file system may cache a listing for about as long."""
+"""Seconds to wait until a file of rank 0 becomes visible: a network file system may cache a listing for about as long."""
 
 _OURS = ".conversion"
-"""Marker file in every directory that a conversion has begun: the contents of other directories are never removed. Ranks use
-its content to check that they see the same directory."""
+"""Name of the marker file in a conversion's unfinished directory. The contents of a directory without it are never removed.
+Ranks compare its content to check that they see the same directory."""
 
 
 @contextmanager
 def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     """A directory to write into, `<out>.unfinished`, that becomes `out` when the block ends without an error. A collective.
 
-    size: bytes that will be written, compared with the free space first. Rank 0 makes, removes and renames. Raises UserError
-    when `out` is not empty, another conversion writes there, a rank does not see rank 0's directory under that name, or the
-    disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays until the
-    same conversion is started again. A non-empty directory of that name that no conversion has left is refused.
+    size: bytes that will be written, compared with the free space first. Rank 0 creates, removes and renames the directory.
+    Raises UserError when `out` is not empty, another conversion writes there, a rank does not see rank 0's directory under that
+    name, or the disk is full or not writable; the partial output is then removed. After `kill -9` the unfinished directory
+    stays until the same conversion is started again. A non-empty `<out>.unfinished` that is not from a conversion is refused.
     """
     refuse_existing(out)
     partial = out.with_name(out.name + ".unfinished")
@@ -56,7 +56,7 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
 
 
 def _prepare(out: Path, partial: Path, size: int) -> int:
-    """Make the unfinished directory; returns a descriptor of it that holds its lock."""
+    """Create the unfinished directory; returns a file descriptor of the directory, which holds its lock."""
     lock = _lock(out, partial)
     try:
         _claim(out, partial)
@@ -106,7 +106,7 @@ def _lock(out: Path, partial: Path) -> int:
 
 
 def _claim(out: Path, partial: Path) -> None:
-    """Mark the unfinished directory as a conversion's; one that is not empty and has no mark is somebody else's."""
+    """Write the marker file into the unfinished directory. A directory without it that is not empty is refused."""
     if not (partial / _OURS).exists() and any(partial.iterdir()):
         raise UserError(f"--out {out}: {partial} exists and was not left by a conversion; remove it or choose another --out")
     try:
@@ -120,7 +120,7 @@ def _empty(out: Path, partial: Path) -> None:
     try:
         for leftover in set(partial.iterdir()) - {partial / _OURS}:
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    except OSError as error:  # it names its file relative to the file's directory, or not at all
+    except OSError as error:  # the error has at most a file name relative to its directory
         raise UserError(
             f"--out {out}: what is left in {partial} cannot be removed ({error.strerror}); remove it or choose another --out"
         ) from error

@@ -16,7 +16,7 @@ _PANEL = 2**22
 
 
 class Quantiser:
-    """Quantises HF tensors one at a time, each of which is assembled first.
+    """Quantises HF tensors one at a time; each tensor is first assembled in memory.
 
     block: rows and columns that share a scale.
     """

@@ -15,8 +15,8 @@ from etr_megatron.platform.together import together
 T = TypeVar("T")
 
 _LONGEST_WAIT = datetime.timedelta(days=2)
-"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close; one
-that only stops is noticed by `watch`."""
+"""Timeout of collectives. Ranks wait for each other's share of a conversion. A rank that dies is noticed at once, as its
+connections close; a rank that hangs is noticed by `watch`."""
 
 
 class Ranks:

@@ -1,4 +1,4 @@
-"""Writes safetensors files whose names, types and shapes are known beforehand, any part of any tensor at a time.
+"""Writes safetensors files part by part, in any order, given the names, types and shapes of all tensors beforehand.
 
 The format's own library needs all tensors of a file at once. Here the headers come first, and values are written to their
 places in any order and from any process.
@@ -39,10 +39,10 @@ class TensorToWrite:
 
 
 class SafetensorsWriter:
-    """The files of a checkpoint in `folder`, each with at most `max_bytes` of tensors (or one larger one; None: one file), in
-    order. stem: what their names begin with.
+    """The files of a checkpoint in `folder`. Each has, in order, tensors of at most `max_bytes` together (or a single larger
+    tensor); with None there is one file. stem: prefix of the file names.
 
-    The plan is the same in every process that is given the same tensors; one of them calls `create` before any calls `write`.
+    The plan is the same in every process that is given the same tensors. One calls `create` before any calls `write`.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorToWrite], max_bytes: int | None, stem: str = "model") -> None:
@@ -75,7 +75,7 @@ class SafetensorsWriter:
 
     @torch.no_grad()
     def write(self, name: str, begin: Index, values: Tensor) -> int:
-        """Write a box of a tensor to its place, cast to the tensor's type; returns its bytes.
+        """Write a box of a tensor at its offset in the file, cast to the tensor's dtype; returns the bytes written.
 
         Raises OSError for a full disk.
         """

@@ -32,9 +32,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """What adapters are added to: a HuggingFace or torch_dist directory, given by the option or file `named`.
+    """The base model of adapters: a HuggingFace or torch_dist directory, given by the option or file `named`.
 
-    dtype: in which the run held it; None if neither the checkpoint nor a config.yaml says so.
+    dtype: the dtype in which the run held it; None if neither the checkpoint nor a config.yaml names it.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Base:
     dtype: torch.dtype | None
 
     def open(self, arch: Architecture) -> BoxSource:
-        """Its tensors. Raises UserError unless they are a model of this architecture."""
+        """The base's tensors. Raises UserError if they do not match this architecture."""
         if is_torch_dist(self.path):
             return _open_torch_dist(self.path, arch)
         checkpoint = open_checkpoint(self.path)
@@ -54,7 +54,7 @@ class Base:
 class MegatronSource:
     """weights: the torch_dist directory. config: where config.json and the tokenizer are, given by the option `named`.
 
-    base: of a checkpoint of adapters; None for one of all weights.
+    base: the base of a checkpoint of adapters; None for a checkpoint of all weights.
     """
 
     weights: Path
@@ -63,7 +63,7 @@ class MegatronSource:
     base: Base | None = None
 
     def open(self, arch: Architecture) -> BoxSource:
-        """The model's tensors. Raises UserError unless they are those of this architecture."""
+        """The model's tensors. Raises UserError if they do not match this architecture."""
         if self.base is None:
             return _open_torch_dist(self.weights, arch)
         named, adapters = f"{self.base.named} {self.base.path}", AdapterDir(self.weights, arch)
@@ -85,7 +85,9 @@ def _open_torch_dist(path: Path, arch: Architecture) -> TorchDistDir:
 
 
 def find_megatron(path: Path, config_from: Path | None, base: Path | None = None) -> MegatronSource:
-    """path: a converted directory, a run's `checkpoints/step_000025` or `checkpoints`, or the run's own (its newest step).
+    """Find the torch_dist checkpoint at `path`, and its config and base.
+
+    path: a converted directory, a run's `checkpoints/step_000025`, its `checkpoints`, or the run directory (the newest step).
 
     config_from: where config.json and the tokenizer are; None means the checkpoint itself, or else the run's `model.path`.
     base: of a checkpoint of adapters, the model that they were trained on; None means the run's `model.path`.
@@ -122,7 +124,7 @@ def _base(weights: Path, given: Path | None) -> Base:
 
 
 def _dtype_of_run(weights: Path) -> torch.dtype | None:
-    """The type in which the run held its model, by its checkpoint of adapters or, without `TRAINER_FILE`, its config.yaml."""
+    """The dtype of the run's model, from the checkpoint's `TRAINER_FILE` or, if there is none, from the run's config.yaml."""
     state = weights / TRAINER_FILE
     if state.is_file() and (named := read_config(state).get(BASE_DTYPE)):
         return _DTYPES.get(str(named))
@@ -130,7 +132,7 @@ def _dtype_of_run(weights: Path) -> torch.dtype | None:
         return None
     from etr_megatron.config import load_config
 
-    return _DTYPES.get(load_config(_run_config(weights), []).model.dtype)  # `auto` is never what a run writes
+    return _DTYPES.get(load_config(_run_config(weights), []).model.dtype)  # a run never writes `auto`
 
 
 def refuse_no_directory(path: Path) -> None:
@@ -155,7 +157,7 @@ def _run_config(weights: Path) -> Path:
 
 
 def _model_of_run(weights: Path, option: str) -> Path:
-    """The `model.path` in the run's config.yaml. option: that would give it instead, for messages."""
+    """The `model.path` in the run's config.yaml. option: the command-line option that replaces it, for messages."""
     file = _run_config(weights)
     way_out = f"give the model's HuggingFace directory with {option}"
     if not file.is_file():

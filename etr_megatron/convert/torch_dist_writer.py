@@ -1,8 +1,8 @@
 """Writes a `torch_dist` checkpoint one chunk at a time, with torch's distributed checkpointing.
 
 The layout is planned from names and shapes. A chunk's values are read while the previous chunk is written, and freed once they
-are written. megatron-core's own writers first have all tensors of a rank in memory, and torch's keeps the last one of every
-name.
+are written. megatron-core's own writers first hold all tensors of a rank in memory, and torch's writer keeps the last tensor of
+every name.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from etr_megatron.platform.files import disk_full_behind
 from etr_megatron.weights.file_tensor import Index, Span
 
 _SMALL = 2**16
-"""Tensors of fewer bytes are not worth the two steps of `_fill`."""
+"""Minimum bytes of a tensor for `_fill`; smaller tensors are read and written with `_write_values`."""
 
 
 class _Hole(NamedTuple):
-    """Values that are in files exactly as they will be stored: byte ranges, in order."""
+    """Stands for values that files contain exactly as they will be stored. spans: their byte ranges, in order."""
 
     nbytes: int
     size: Index
@@ -56,7 +56,7 @@ def _item(chunk: ChunkToWrite) -> WriteItem:
 
 
 class _Planner(SavePlanner):
-    """Plans chunks whose values do not exist yet, and objects by name, each of which is None."""
+    """Plans chunks whose values are not in memory yet, and objects by name. Each object is None."""
 
     def __init__(self, chunks: Sequence[ChunkToWrite], objects: Sequence[str]) -> None:
         self._chunks, self._objects = chunks, objects
@@ -75,7 +75,7 @@ class _Planner(SavePlanner):
         self._at = {MetadataIndex(chunk.name, chunk.offset): chunk for chunk in self._chunks}
         return new_plan
 
-    # Only `_Writer` asks for data, and it knows holes.
+    # Only `_Writer` calls this, and it handles `_Hole`.
     def resolve_data(self, write_item: WriteItem) -> io.BytesIO | Tensor | _Hole:  # type: ignore[override]
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
@@ -130,10 +130,10 @@ def _write_values(file: io.BufferedWriter, values: Tensor) -> int:
 
 
 def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
-    """As `_write_values`, but with a hole into which the values are copied from other files.
+    """As `_write_values`, but copy the values from other files into a hole between the bytes that `torch.save` writes.
 
-    A few bytes are skipped first, so that values have the same offset within a page in both files: the kernel copies whole
-    pages faster than parts of two.
+    A few bytes are skipped first, so that values have the same offset within a page in both files: the kernel copies a whole
+    page faster than parts of two pages.
     """
     around = _Around(hole.nbytes)
     nothing = torch.empty(hole.size, dtype=hole.dtype)  # untouched memory takes no room
@@ -153,7 +153,7 @@ def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
 
 
 class _Around:
-    """Keeps what torch.save writes before and after a piece of `hole` bytes; `after` is None until that piece is written."""
+    """A file for torch.save; keeps the bytes before and after a write of `hole` bytes. `after` is None until that write."""
 
     def __init__(self, hole: int) -> None:
         self._hole = hole

@@ -1,7 +1,7 @@
 """Detects and names ranks that stop silently, because their machine is gone or they are suspended.
 
-The ranks of a conversion may wait for hours for each other's share, so a timeout of their collectives is of no use. A process
-that ends is noticed as its connections close, one that only stops is not.
+The ranks of a conversion may wait for hours for each other's share, so their collectives cannot have a short timeout. The end
+of a process is noticed because its connections close. A process that hangs would not be noticed.
 """
 
 from __future__ import annotations

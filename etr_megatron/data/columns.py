@@ -1,4 +1,4 @@
-"""Columns of a row, found by one of several names, with `outer.inner` for a value in a nested column."""
+"""Finds columns of a row. A column may have alternative names; `outer.inner` is a value in a nested column."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BrokenRowError(Exception):
 
 
 class NoColumnError(Exception):
-    """Required columns that no row has; the message is part of a sentence."""
+    """No row has the required columns; the message is part of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def _names(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, whose own name may contain dots; raises BrokenRowError if it is missing or null."""
+    """The value of a column; its name may contain dots. Raises BrokenRowError if the value is missing or null."""
     for value in _values(row, column):
         if value is None:
             raise BrokenRowError(f"column {column!r} is null")
@@ -83,7 +83,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _values(row: Mapping[str, Any], column: str) -> Iterator[Any]:
-    """Every value that the name may mean: the column of that name first, then nested ones, split at each of its dots."""
+    """Every value that the name may refer to: the column of exactly that name first, then nested columns, split at each dot."""
     if column in row:
         yield row[column]
     for end, letter in enumerate(column):
@@ -144,7 +144,7 @@ def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
 
 
 def columns_without_values(extras: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> list[str]:
-    """Those of `columns` that are None in all of these results of `extra_of`."""
+    """The names in `columns` whose value is None in all of `extras` (results of `extra_of`)."""
     missing = dict.fromkeys(columns)
     for extra in extras:
         if not missing:

@@ -17,9 +17,9 @@ class PromptCursor:
         cursor = PromptCursor(problems, seed=1, shuffle=True)
         step = cursor.next(16)
 
-    Every problem comes once per epoch, in an order that depends on (seed, epoch). Nothing is dropped at the end of an epoch:
-    a step takes what is left and continues in the next one. The problems of one `next` are distinct (a group's
-    id is `<problem id>@<step>`): those that a step took before a new epoch begins move to the end of that epoch.
+    Every problem comes once per epoch, in an order that depends on (seed, epoch). Nothing is dropped at the end of an epoch: a
+    step takes the rest of it and continues in the next epoch. The problems of one `next` are distinct, because a group's id is
+    `<problem id>@<step>`: in a step that crosses the boundary, the problems from the old epoch move to the end of the new one.
     """
 
     def __init__(self, problems: ProblemSet, seed: int, shuffle: bool) -> None:

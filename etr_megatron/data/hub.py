@@ -1,4 +1,4 @@
-"""Whether the dataset hub can be reached at all.
+"""Checks whether the dataset hub can be reached at all.
 
 Without a network, hub clients try six times over 23 seconds for every dataset, before they use the cache or report a
 misspelled name.

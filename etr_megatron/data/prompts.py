@@ -58,8 +58,8 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
 
 
 def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
-    """The messages that ask for a response: a problem's text in `data.prompt_template`, or chat messages unchanged, which have
-    their instructions already. `data.system_prompt` comes first unless the messages begin with a system message.
+    """The messages that ask for a response: a problem's text in `data.prompt_template`, or chat messages unchanged, because
+    they already contain their instructions. `data.system_prompt` comes first unless the messages begin with a system message.
 
     Other braces in the template (`\\boxed{}`) are kept.
 
@@ -110,8 +110,8 @@ def tokenize_prompts(
 
 
 def _check_arguments(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for a name in `data.chat_template_kwargs` that is the job's own, or that is nowhere in the template,
-    which would pass over it in silence; the same for `data.tools`."""
+    """Raises UserError for a name in `data.chat_template_kwargs` that the job itself sets, or that does not occur in the
+    template, which would silently ignore it; the same for `data.tools`."""
     for key in ("chat_template_kwargs", "tools"):
         if getattr(config, key) and not (config.chat_template and tokenizer.chat_template):
             raise UserError(f"data.{key} is set but {_WITHOUT_TEMPLATE}: remove it")
@@ -145,8 +145,8 @@ def stop_token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_tokenizer(config: Config) -> None:
-    """Check what the config asks of the tokenizer, before a job starts. Only `data.tools` is read for `tiny`, which may not be
-    there yet, or for another model that is not there. Raises UserError with every problem."""
+    """Check the config's settings against the tokenizer, before a job starts. If the model does not exist, as `tiny` before its
+    first build, only `data.tools` is read. Raises UserError with every problem."""
     data, environment = config.data, config.environment
     if data.tools is not None:
         read_tools(data.tools)

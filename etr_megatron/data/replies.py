@@ -1,4 +1,4 @@
-"""Token ids of an environment's replies, as they follow a turn of the model."""
+"""Tokenizes an environment's replies, with the template's tokens between a turn of the model and the next one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TURN = "TURN-OF-THE-MODEL"
-"""Stands for the model's turn where a template is rendered: what follows it are the tokens between this turn and the next."""
+"""Placeholder for the model's turn when a template is rendered. The text after it lies between this turn and the next."""
 
 
 class ReplyTokenizer:
@@ -33,11 +33,11 @@ class ReplyTokenizer:
         self._template = template_arguments(config) if config.chat_template and tokenizer.chat_template else None
 
     def __call__(self, reply: Sequence[Message], last: int) -> list[int]:
-        """The tokens between a turn that ended with the token `last` and the next one: what the chat template has there or,
-        without one, the reply's texts as they are.
+        """The tokens between a turn that ended with the token `last` and the next turn: the chat template's rendering of the
+        reply or, without a template, the reply's texts as they are.
 
-        If `last` is a stop token, the template's own end of the turn is left out, with blanks before it (Llama 2 has one): the
-        model has drawn it, or another one in its place (`<|eom_id|>` of Llama 3.1).
+        If `last` is a stop token, the template's end-of-turn token is left out, with blanks before it (Llama 2 has one): the
+        model has already drawn this token, or another one in its place (`<|eom_id|>` of Llama 3.1).
 
         Raises UserError if the chat template refuses the messages, or does not show the model's turn.
         """
@@ -48,7 +48,7 @@ class ReplyTokenizer:
         return ids if end is None or self._tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
 
     def _encode(self, text: str) -> list[int]:
-        # Not verbose: a long reply ends its response, and transformers would warn of "indexing errors" that there are not.
+        # verbose=False: else transformers warns of "indexing errors" for a long reply, which merely ends its response.
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _after_a_turn(self, reply: Sequence[Message]) -> str:

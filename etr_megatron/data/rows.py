@@ -62,7 +62,7 @@ class Rows:
 
 
 def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit, extra: tuple[str, ...] = ()) -> Rows:
-    """Generated exercises as rows, which have none of the further columns."""
+    """Generated exercises as rows; the columns `extra` have no values."""
     none = dict.fromkeys(extra)
     return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result), none) for e in exercises(config, split)])
 
@@ -97,7 +97,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
 def usable_rows(
     source: Source, config: DataConfig, arithmetic: ArithmeticConfig, extra: tuple[str, ...]
 ) -> tuple[int, list[str]]:
-    """The number of rows that can be used, of which some may be too long, and those of `extra` that none has a value of.
+    """(number of usable rows, columns of `extra` without a value in all of them); a prompt may still be too long.
 
     Raises UserError as `read_rows` does.
     """
@@ -164,7 +164,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else an error at the end is on line 2
+                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else an error at its end is on line 2
             except UnicodeDecodeError as error:
                 yield place, BrokenRowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:

@@ -12,22 +12,23 @@ from etr_megatron.objective.inputs import LossInputs
 from etr_megatron.objective.registry import PolicyLoss
 
 _TOLERANCE = 1e-3
-"""Relative to the largest gradient; a loss that divides by its number of rows is off by a factor of the number of chunks."""
+"""Relative to the largest gradient. The error to detect is much larger: a loss that divides by its number of rows has gradients
+that are too large by a factor of the number of chunks."""
 
 
 def refuse_if_rows_interact(loss: PolicyLoss, inputs: LossInputs) -> bool:
-    """Compare the gradients of `loss` over R rows at once with those over two halves; False if these rows cannot tell.
+    """Compare the gradients of `loss` over R rows at once with those over two halves; False if the comparison is inconclusive.
 
-    inputs: R >= 2 rows; uses copies of `logp` and `entropy`, and a random advantage for rows where it is 0, since most losses
-    have no gradient there. Raises UserError for a loss that takes a mean over its rows or looks at other rows: its gradients
-    differ between halves, and would change with the head's chunk size. Rows cannot tell if every gradient is 0 or one is not
+    inputs: R >= 2 rows. The check uses copies of `logp` and `entropy`, and a random advantage for rows where it is 0, since
+    most losses have no gradient there. Raises UserError for a loss that takes a mean over its rows or looks at other rows: its
+    gradients would change with the head's chunk size. The comparison is inconclusive if every gradient is 0 or one is not
     finite.
     """
     count = len(inputs.logp)
     inputs = replace(inputs, advantage=torch.where(inputs.advantage == 0, _drawn(inputs.advantage), inputs.advantage))
     whole = _gradients(loss, inputs, [slice(0, count)])
     halves = _gradients(loss, inputs, [slice(0, count // 2), slice(count // 2, count)])
-    if not bool(torch.isfinite(whole).all()):  # training reports where
+    if not bool(torch.isfinite(whole).all()):  # training reports the token
         return False
     gap, size = (whole - halves).abs().max().item(), whole.abs().max().item()
     if gap > _TOLERANCE * size:

@@ -17,7 +17,7 @@ def control_radii(
 ) -> tuple[Tensor, Tensor]:
     """The radii [N] with which the control `how` (`none`, `matched`, `shuffled`) replaces ETR's `low` and `high` [N].
 
-    advantage: [N]. tokens: loss rows of each sample; they weight the mean, since clipping acts on tokens. seed: of the
+    advantage: [N]. tokens: loss rows of each sample; they weight the mean, since clipping acts on tokens. seed: for the
     permutation. Raises ValueError for an unknown name.
     """
     if how == "none":

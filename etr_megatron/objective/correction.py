@@ -29,8 +29,8 @@ def rollout_correction(
 ) -> tuple[Tensor, ...] | None:
     """Weight of every token of N samples, float32 [response tokens] each; None if `how` is `none`.
 
-    old_logp, rollout_logp: of WHOLE responses, [response tokens] each, without those of an environment's replies. level:
-    `token` is w of each token; `sequence` is the product of w over the response, for each of its tokens. bound: on |log w|
+    old_logp, rollout_logp: of WHOLE responses, [response tokens] each, without the tokens of an environment's replies. level:
+    `token` gives each token its own w; `sequence` gives every token the product of w over its response. bound: of |log w|
     before exp(). Raises ValueError for other names.
     """
     if how == "none":

@@ -6,8 +6,8 @@ For group g with rewards R_i in a declared range [r_min, r_max]:
     A_i  = (R_i - mu_g) / (sigma_g + delta)
 
 For 0/1 rewards v_g = 4 p (1 - p), where p is the pass rate. Statistics are taken over whole groups, by group id, before any
-filtering or splitting, except for samples whose reward is not the policy's doing; groups of different sizes are each normalized
-separately.
+filtering or splitting. Only samples whose reward does not depend on the policy (see `counted`) are excluded. Groups may differ
+in size; each is normalized separately.
 
 Variants: no division by the deviation (Dr. GRPO, 2503.20783), and the mean of the group's other responses as the baseline
 (leave-one-out, RLOO, 2402.14740): R_i - mean_{j != i}(R_j) = (R_i - mu_g) G / (G - 1).
@@ -26,9 +26,9 @@ from torch import Tensor
 class GroupStatistics:
     """Statistics of each sample's group; all tensors float64 [N], in sample order.
 
-    mean, std: of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the declared range.
-    pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in a group whose
-    rewards are all equal, including groups of one, and for samples that do not count.
+    mean, std: statistics of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the
+    declared range. pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in
+    a group whose rewards are all equal, including groups of one, and for samples that do not count.
     """
 
     mean: Tensor
@@ -39,9 +39,9 @@ class GroupStatistics:
 
 
 def _per_group(values: Tensor, index: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std of each sample's group, over its samples that count; std is exactly 0 if their values are equal.
+    """Mean and population std over each sample's group, of the samples that count; std is exactly 0 if their values are equal.
 
-    values: float64 [N]. index: [N], the sample's group. counts: bool [N]. size: float64 [groups], those that count, at least 1.
+    values: float64 [N]. index: [N], the sample's group. counts: bool [N]. size: float64 [groups], how many count, at least 1.
     """
     zeros, of_group, counted = torch.zeros(len(size), dtype=torch.float64), index[counts], values[counts]
     mean = zeros.index_add(0, of_group, counted) / size
@@ -68,8 +68,8 @@ def group_statistics(
 
     rewards: [N], the rewards to train on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
     verifier_rewards: [N], the verifier's rewards in `reward_range`, if they differ from `rewards`; v_g is computed from them.
-    counted: [N], whether a sample is one of its group's; if not, its reward changes nothing for the others. All by default.
-    baseline: `group_mean` or `leave_one_out`. normalize: whether the advantage is divided by the deviation plus `delta`.
+    counted: [N], whether a sample enters its group's statistics; if not, its reward does not affect other samples. Default:
+    all. baseline: `group_mean` or `leave_one_out`. normalize: whether the advantage is divided by the deviation plus `delta`.
     Raises ValueError for mismatched lengths, a non-finite reward (naming the sample), a verifier reward outside its range
     and an unknown baseline.
     """

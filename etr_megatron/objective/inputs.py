@@ -15,8 +15,9 @@ from etr_megatron.errors import UserError
 class LossSettings:
     """Scalars of the objective that a loss may use.
 
-    log_ratio_bound: bound on |log r| before exp(). kl_coef, kl_estimator: of the KL term in the loss; kl_coef is 0 without one
-    (also if the KL is in the reward). entropy_coef: of the entropy bonus. dual_clip: c of the dual clip, None is off.
+    log_ratio_bound: bound on |log r| before exp(). kl_coef, kl_estimator: coefficient and estimator of the KL term in the loss;
+    kl_coef is 0 without such a term, also if the KL is in the reward. entropy_coef: coefficient of the entropy bonus.
+    dual_clip: c of the dual clip, None is off.
     options: `objective.options`, numbers for a custom loss.
     """
 
@@ -35,7 +36,7 @@ class Sequences:
     index: int64 [R], the sequence of each row. lengths: int64 [S], rows of each WHOLE sequence, even if this rank holds only
     some of them. reduce: differentiable sum of a [S] tensor over the ranks that hold parts of the same sequences (its backward
     also sums the gradients over those ranks); None if every sequence is whole.
-    is_cut: whether the rows are only a chunk, over which sequences cannot be summed.
+    is_cut: whether the rows are only a chunk of the microbatch, so that sums over sequences are not possible.
     """
 
     index: Tensor
@@ -80,11 +81,13 @@ class LossInputs:
 
     Masked positions, such as the tokens of an environment's replies, are absent: they were dropped, not multiplied by zero.
 
-    logp, entropy: of the policy being trained, with gradient. old_logp: of the policy that the step's updates start from,
-    recomputed by the trainer. rollout_logp: the inference engine's. ref_logp: the reference model's, or None.
-    advantage, clip_low, clip_high: of each row's sample. weight: aggregation weight, including the global denominator.
+    logp, entropy: the trained policy's log-prob and entropy, with gradient. old_logp: log-prob under the policy before the
+    step's updates, recomputed by the trainer. rollout_logp: log-prob from the inference engine. ref_logp: log-prob under the
+    reference model, or None.
+    advantage, clip_low, clip_high: values of each row's sample. weight: aggregation weight, including the global denominator.
     correction: off-policy weight of the row for the gap between rollout_logp and old_logp; ones when off.
-    group_mean, group_std: of the rewards that are trained on; variance: v_g of the verifier's rewards; all of the row's group.
+    group_mean, group_std: mean and std over the row's group of the rewards that are trained on. variance: v_g of the group's
+    verifier rewards.
     """
 
     logp: Tensor

@@ -14,8 +14,8 @@ from etr_megatron.objective.kl import kl_estimate
 from etr_megatron.objective.registry import register_loss
 
 LEAST_RADIUS = 1e-4
-"""Smaller clip radii, in particular 0, are raised to this. With a radius of 0, rounding, which differs between layouts, would
-decide at r = 1 whether a token gets its full gradient, a part of it (ties of minimum and maximum share it) or none. A step's
+"""Smaller clip radii, in particular 0, are raised to this. With a radius of 0, rounding would decide at r = 1 whether a token
+gets its full gradient, a part of it (a tie of minimum and maximum) or none; and rounding differs between layouts. A step's
 first update, where r is 1 up to rounding, must be unclipped for any radius. GSPO's 3e-4 and 4e-4 are the smallest in use."""
 
 

@@ -56,7 +56,7 @@ class PolicyLoss:
         return outputs
 
     def _try_gradient(self, outputs: LossOutputs, inputs: LossInputs) -> None:
-        """Raise UserError if the gradient fails, as after an in-place operation: backward could not blame the loss."""
+        """Raise UserError if the gradient fails, as after an in-place operation; backward's error would not name the loss."""
         policys = [values for values in (inputs.logp, inputs.entropy) if values.requires_grad]
         if policys and outputs.loss.requires_grad:
             with attributed_to_loss(self.name, "in its gradient "):

@@ -26,14 +26,14 @@ class StepMetrics(TypedDict):
     grad_norm: float  # gradient norm before clipping, mean over the step's updates
     lr: float  # learning rate of the step's last update
     ratio_mean: float  # importance ratio of the updated to the old policy, mean over tokens
-    effective_sample_size: float  # of the importance ratios r over n tokens: (sum r)^2 / (n sum r^2), at most 1
+    effective_sample_size: float  # (sum r)^2 / (n sum r^2) of the importance ratios r of n tokens, at most 1
     clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped; with `cispo`, whose weight it limited
     clip_frac_lower: float  # same for the lower bound
     clip_radius_mean: float  # half the width of the clip range, mean over tokens
     clip_radius_p10: float  # 10th percentile over tokens
     clip_radius_p90: float  # 90th percentile over tokens
     kl: float  # KL to the reference model, nats per token; 0 without one
-    logprob_gap_mean: float  # abs(engine - trainer) of log-probs, nats per token; stale tokens include the updates since
+    logprob_gap_mean: float  # abs(engine - trainer) of log-probs, nats per token; for stale tokens, later updates add to it
     logprob_gap_max: float  # largest gap of a token
     mismatch_kl: float  # KL(engine || trainer), k3 estimator, nats per token
     correction_mean: float  # mean off-policy weight of a token; 1 without a correction
@@ -62,7 +62,7 @@ class MetricsRow(StepMetrics, total=False):
     eval_accuracy_start: float  # same before any update; all `..._start` keys are in the first row only
     eval_reward_mean: float  # mean reward of the responses to held-out problems
     eval_reward_mean_start: float  # same before any update
-    eval_pass_at_k: float  # of sets with `eval.samples` above 1: share of held-out problems with a correct response
+    eval_pass_at_k: float  # for sets with `eval.samples` above 1: share of held-out problems with a correct response
     eval_pass_at_k_start: float  # same before any update
     eval_response_tokens_mean: float  # tokens per response to a held-out problem, with those of an environment's replies
     eval_response_tokens_mean_start: float  # same before any update
@@ -72,7 +72,7 @@ class MetricsRow(StepMetrics, total=False):
     eval_turns_mean_start: float  # same before any update
     eval_reply_tokens_mean: float  # tokens of the environment's replies per response to a held-out problem
     eval_reply_tokens_mean_start: float  # same before any update
-    eval_environment_failed_frac: float  # share of responses to held-out problems that a failed call ended, or one out of time
+    eval_environment_failed_frac: float  # share of responses to held-out problems that ended as a call failed or timed out
     eval_environment_failed_frac_start: float  # same before any update
     turns_mean: float  # with an environment: turns of the model per sample
     reply_tokens_mean: float  # with an environment: tokens of its replies per sample; the loss does not cover them
@@ -82,16 +82,16 @@ class MetricsRow(StepMetrics, total=False):
     groups_asked: int  # with dynamic sampling: prompts requested since the last step, including those requested ahead
     groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal
     groups_filled: int  # groups that were left out, but trained on because there were too few others
-    groups_given_up: int  # groups given up because servers died of them or did not answer; only if there were any
-    servers_serving: int  # with SGLang servers: those that take requests when a step's rollout is complete; others have failed
+    groups_given_up: int  # groups given up because they crashed servers or got no answer; only if there were any
+    servers_serving: int  # SGLang servers that accept requests when a step's rollout is complete; the others have failed
     staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
     staleness_max: int  # largest age of a token
     groups_redone: int  # groups drawn again because they had tokens that were too old
     groups_in_hand: int  # with `max_staleness`: groups begun or complete, kept for later steps
     tflops_per_gpu: float  # model TFLOP/s per rank: FLOPs of log-probs and updates / `time_train`; recomputation not counted
     mfu: float  # `tflops_per_gpu` / bf16 peak of the device, if that is known
-    memory_allocated_gib: float  # most GPU memory of a rank's tensors since the last step's updates, highest of all ranks
-    memory_reserved_gib: float  # same, with the memory that torch kept for later tensors
+    memory_allocated_gib: float  # peak GPU memory of a rank's tensors since the last step's updates, highest of all ranks
+    memory_reserved_gib: float  # same, including memory that torch's allocator caches
     load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
     routing_replayed: float  # with `routing_replay`: share of the model's response tokens predicted with the engine's experts
@@ -131,7 +131,7 @@ _NAMED_ELSEWHERE = (TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX, REWARD_PREFIX, f"
 
 
 def keys_by_set(row: MetricsRow, prefix: str, metric: str) -> dict[str, str]:
-    """The keys `<prefix><name>/<metric>` that `row` has, by name; a name has no slash, which a part of the reward has."""
+    """The keys `<prefix><name>/<metric>` that `row` has, by name. A set's name has no slash, so reward parts do not match."""
     found = re.compile(rf"{re.escape(prefix)}([^/]+)/{re.escape(metric)}")
     return {match[1]: key for key in row if (match := found.fullmatch(key))}
 

@@ -23,7 +23,7 @@ class Progress:
         """`total` and `done` count steps; the time left is estimated from the steps seen here."""
         self._total, self._done_before = total, done
         self._started = time.monotonic()
-        self._bar: tqdm[NoReturn] | None = None  # over no iterable
+        self._bar: tqdm[NoReturn] | None = None  # used without an iterable
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 

@@ -30,8 +30,8 @@ def listing(run: Path, step: int) -> str:
 def view(run: Path, step: int, name: str, pieces: Pieces | str) -> str:
     """The sample `name` (`<group>/<index>`, as in `listing`) of a recorded step.
 
-    pieces: or the reason why there are none; tokens are then shown only by id, with the reason. Raises UserError if the step or
-    the sample does not exist.
+    pieces: maps token ids to texts, or the reason why that is not possible; then only ids and the reason are shown. Raises
+    UserError if the step or the sample does not exist.
     """
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:

@@ -48,7 +48,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
 )
 """Keys (or, ending in a dot, sections) that may change between start and resume without changing the experiment."""
 _NOT_FREE = ("sglang.fp8", "checkpoint.keep_best", "checkpoint.best_by")
-"""Keys of these sections that change it, or what is kept of it."""
+"""Exceptions: keys of these sections that do change the experiment, or which of its checkpoints are kept."""
 
 
 class RunDirectory:
@@ -61,7 +61,7 @@ class RunDirectory:
             directory.continue_with(config, step=25)
 
     config.yaml       the resolved configuration of the last start
-    config.step_*.yaml  that of earlier starts with other settings, up to this step
+    config.step_*.yaml  the configuration of an earlier start with other settings, up to this step
     metrics.jsonl     one object per step (`MetricsLog`)
     rollouts/         samples to read, one file per saved step
     evaluations/      responses to held-out problems to read, one file per evaluation
@@ -101,8 +101,12 @@ class RunDirectory:
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
     def refuse_if_used(self, resume: bool, *, only_records: bool = False) -> None:
-        """Raise `UserError` if there are results here that a run without `checkpoint.resume` would mix with its own, or that
-        training would remove, if a finished run has no checkpoint to resume, or if the directory cannot be read.
+        """Raise `UserError` if this run must not use the directory.
+
+        - It has results, and without `checkpoint.resume` the run would mix its own with them.
+        - It has results that training would remove.
+        - It has a finished run, but no checkpoint to resume.
+        - It cannot be read.
 
         only_records: the run does not train (`rollout.only`), and continues after what such a run has recorded.
         """
@@ -144,8 +148,8 @@ class RunDirectory:
         self._refuse_what_is_anothers()
 
     def _refuse_what_is_anothers(self) -> None:
-        """Refuse files that another user, or root in a container, has left in a world-writable directory. Otherwise the run
-        would fail at the step that needs them, such as the first checkpoint."""
+        """Refuse files that another user, or root in a container, has left in a world-writable directory: the run would fail
+        later, at the step that needs them, such as the first checkpoint."""
         for folder in (
             self.rollouts,
             self.evaluations,

@@ -53,11 +53,11 @@ def layer_input(arch: Architecture, split: Split) -> int:
 
 
 def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Bytes that a layer saves. etp: tensor parallelism of an expert.
+    """Bytes that a layer saves for its backward pass. etp: tensor parallelism of an expert.
 
-    The two norms save input and output, attention and its projections what `_attention` says, the gated MLP both halves and
-    their product. In fp32 there is a scale per normed row and a log-sum-exp per head and token. In FP8, tensors that only GEMMs
-    save are quantized copies.
+    The two norms save their input and output. Attention and its projections save what `_attention` says. The gated MLP saves
+    both halves and their product. A scale per normed row and a log-sum-exp per head and token are in fp32. With FP8, tensors
+    that only GEMMs save are quantized copies.
     """
     attention, of_projections, rows = _attention(arch, split)
     apart = 4 * (2 * split.whole + rows) + _routing(arch, layer, split, etp)
@@ -79,9 +79,9 @@ def _attention(arch: Architecture, split: Split) -> tuple[int, int, int]:
     """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves, numbers in fp32) of attention, without the norm
     before it.
 
-    Attention saves q, k, v and its output, the norms of q and k their inputs. With latent attention, the latents' norms save
-    input and output, keys have the rotated part in every head, and the rotary embedding, which Megatron does not fuse there,
-    saves cosines and sines for queries and for keys.
+    Attention saves q, k, v and its output. The norms of q and k save their inputs. With latent attention, the norms of the
+    latents save input and output, keys have the rotated part in every head, and the rotary embedding saves cosines and sines
+    for queries and for keys, because Megatron does not fuse it there.
     """
     heads, latent = arch.heads // split.tp, arch.latent
     if latent is None:
@@ -96,11 +96,11 @@ def _attention(arch: Architecture, split: Split) -> tuple[int, int, int]:
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
-    """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves), including the preceding norm's output. For
-    experts also the dispatched tokens; the router, which is not in FP8, saves the norm's output. The experts' outputs are not
-    saved: the router's weights are already multiplied into the gate's product (`WeightedSwiGLUFunction`). A shared expert is a
-    dense MLP. It saves the norm's output as the router does, except in FP8 with `delayed`, where it has a copy of its own
-    (`SharedExpertMLP`)."""
+    """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves) of a layer's MLP, including the preceding
+    norm's output. With experts, the dispatched tokens are saved too. The router is not in FP8 and saves the norm's output. The
+    outputs of experts are not saved, because the router's weights are already multiplied into the gate's product
+    (`WeightedSwiGLUFunction`). A shared expert is a dense MLP. It shares the norm's output with the router, except in FP8 with
+    `delayed`, where it saves its own copy (`SharedExpertMLP`)."""
     experts, norm = arch.experts, split.whole * arch.hidden_size
     if experts is None or not arch.has_experts(layer):
         product = split.tokens * arch.intermediate_size // split.tp
@@ -119,8 +119,8 @@ def _routed(experts: Experts, split: Split, etp: int) -> int:
 
 def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     """Bytes saved for routing, 0 for a dense layer. Per token: a flag and a weight for every expert, two 64-bit indices for
-    each chosen expert, and in fp32 the softmax over the chosen experts' logits or, if not normalized, over all; or the sigmoids
-    of all, those of the chosen ones, and their sum. Per dispatched token: a weight."""
+    each chosen expert, and scores in fp32. With softmax, the scores are over the chosen experts' logits or, if not normalized,
+    over all. With sigmoids, they are of all experts, of the chosen experts, and their sum. Per dispatched token: a weight."""
     experts = arch.experts
     if experts is None or not arch.has_experts(layer):
         return 0
@@ -133,15 +133,15 @@ def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
 
 
 def _weight_bytes(experts: Experts, split: Split) -> int:
-    """Bytes of a router's weight, which is of its GEMM's type."""
+    """Bytes of one routing weight, which has the dtype of the router's GEMM."""
     return 4 if split.router_fp32 or experts.score_function == "sigmoid" else split.element
 
 
 def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
     """Extra bytes that a layer saves with `train.recompute: selective`. It recomputes only attention, whose scores flash
-    attention does not store anyway, and so saves no more than a log-sum-exp. But it keeps v as a view of the projection's
-    output, and with it that whole output, where attention itself would keep a copy of v. Ranks that share a key/value head have
-    gathered all their outputs. Latent attention makes the copy itself."""
+    attention does not store anyway, so it avoids only a log-sum-exp. But it keeps v as a view of the projection's output, and
+    so the whole output, where attention itself would keep a copy of v. If ranks share a key/value head, this output is gathered
+    from all of them. Latent attention makes the copy itself."""
     heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
     if arch.latent is not None:
         return -4 * split.tokens * heads
@@ -152,10 +152,10 @@ def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
 def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     """Bytes in addition to the saved ones at the peak of a layer's backward pass; at least half of the saved bytes.
 
-    The peak of a dense layer is at the gate: the gradients of both halves and of the layer's output, with sequence parallelism
-    also the gathered one. With experts it is while the gradient of their outputs is sorted: two copies of it, with ETP also the
-    rank's own part, and two of the layer's output gradient. All are in the model's dtype, even with FP8; but ETP adds up the
-    outputs, and gathers their gradient, in the type of the router's weights.
+    The peak of a dense layer is at the gate: gradients of both halves and of the layer's output, with sequence parallelism also
+    the gathered gradient of the output. With experts, the peak is while the gradient of their outputs is sorted: two copies of
+    this gradient, with ETP also the rank's own part, and two copies of the layer's output gradient. All are in the model's
+    dtype, even with FP8; but ETP sums outputs, and gathers their gradient, in the dtype of the router's weights.
     """
     half = saved_by_layer(arch, layer, replace(split, fp8="none"), etp) // 2
     if arch.experts is None or not arch.has_experts(layer):
@@ -220,8 +220,8 @@ def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bo
     """Bytes of the head and loss on the last stage: the last norm's input and output, the loss rows with their gradient in
     fp32, and the logits of a chunk. Counts every token as a loss row.
 
-    own_sum: the gradient buffer is not fp32, so the head sums its weight gradient in a separate fp32 tensor, and returns that
-    and the rows' gradient in the model's dtype. This happens in the backward pass, after the last norm's output is freed.
+    own_sum: the gradient buffer is not fp32, so the head sums its weight gradient in a separate fp32 tensor. It then returns
+    the weight's and the rows' gradients in the model's dtype, in the backward pass, after the last norm's output is freed.
     """
     from etr_megatron.weights import padded_vocab_size
 

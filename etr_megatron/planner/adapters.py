@@ -1,4 +1,4 @@
-"""What low-rank adapters take (the config's section `lora`): numbers of elements from the weight map, and seconds."""
+"""Memory and time of low-rank adapters (the config's section `lora`): numbers of elements from the weight map, and seconds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankAdapters:
-    """Numbers of a rank; all 0 without adapters.
+    """Numbers of elements on a rank; all 0 without adapters.
 
-    trained: elements of A and B, of every adapted matrix that the rank has any part of, in full. base: elements of the adapted
-    matrices' shards. pinned: of the pinned memory for them, which torch rounds up to a power of two for each (`allocate` in
-    ATen/core/CachingHostAllocator.h). shard: of the largest one. gradients: of the most weight gradients that exist at once,
-    which are those of a matrix, or those of one matrix of all of a rank's experts in a layer (a grouped GEMM returns them
-    together). parts: of the shards' parts that have an adapter. part: of the largest one. products: multiplications of B A in
-    these parts.
+    trained: of A and B, in full, for every adapted matrix of which the rank has a part. base: of the adapted matrices' shards.
+    pinned: of the pinned memory for the base; torch rounds each shard up to a power of two (`allocate` in
+    ATen/core/CachingHostAllocator.h). shard: of the largest shard. gradients: of the weight gradients that exist at once, at
+    most: the gradient of one matrix or, with experts, of this matrix in all of the rank's experts of a layer (a grouped GEMM
+    returns these together). parts: of the parts of shards that have an adapter. part: of the largest part. products: number of
+    multiplications of B A in these parts.
     """
 
     trained: RankParameters = field(default_factory=RankParameters)
@@ -36,13 +36,13 @@ class RankAdapters:
     products: int = 0
 
     def gradient_bytes(self, element: int) -> int:
-        """Bytes that exist in a backward pass until gradients are projected: themselves, in the model's dtype, and the fp32
-        copy of a part. element: bytes of the model's dtype."""
+        """Bytes in a backward pass until gradients are projected: the gradients, in the model's dtype, and the fp32 copy of a
+        part. element: bytes of the model's dtype."""
         return element * self.gradients + (4 * self.part if element < 4 else 0)
 
     def merge_bytes(self, element: int, *, offloaded: bool) -> int:
-        """Bytes that exist while a weight is merged: the result in the model's dtype, if the original values are in CPU memory
-        (offloaded) their copy, and the sums of some elements in fp64 and fp32."""
+        """Bytes that exist while a weight is merged: the result in the model's dtype, sums of some elements in fp64 and fp32,
+        and with `offloaded`, where original values are in CPU memory, their copy on the GPU."""
         from etr_megatron.weights.low_rank import MERGED_AT_ONCE
 
         return self.shard * element * (2 if offloaded else 1) + (8 + 4) * min(self.part, MERGED_AT_ONCE)
@@ -75,7 +75,7 @@ def adapters_by_rank(arch: Architecture, layout: TrainingLayout, low_rank: LowRa
 
 
 def _one(weight: Weight, shard: Shard, adapters: tuple[Adapter, ...]) -> RankAdapters:
-    """What one shard adds to a rank, without `gradients`."""
+    """The numbers of one shard, without `gradients`."""
     ranks = {adapter.hf: adapter.rank for adapter in adapters}
     parts = [(ranks[piece.hf], prod(piece.size)) for piece in shard.pieces if piece.hf in ranks]
     elements, held = sum(adapter.elements for adapter in adapters), prod(shard.shape)
@@ -91,7 +91,7 @@ def _one(weight: Weight, shard: Shard, adapters: tuple[Adapter, ...]) -> RankAda
 
 
 def _times(number: int, one: RankAdapters) -> RankAdapters:
-    """As many alike, without `gradients`."""
+    """The numbers of `number` shards like this one, without `gradients`."""
     return replace(
         one,
         trained=RankParameters(number * one.trained.dense, number * one.trained.expert),
@@ -103,7 +103,7 @@ def _times(number: int, one: RankAdapters) -> RankAdapters:
 
 
 def _together(one: RankAdapters, other: RankAdapters) -> RankAdapters:
-    """Both, without `gradients`."""
+    """The numbers of both together, without `gradients`."""
     return RankAdapters(
         trained=RankParameters(one.trained.dense + other.trained.dense, one.trained.expert + other.trained.expert),
         base=one.base + other.base,
@@ -120,8 +120,8 @@ _ROUNDING = 4 + 8 + 8 + 8 + 5 + 9 + 12 + 8 + 6 + 4
 
 
 def projection_seconds(rank: RankAdapters, element: int, gpu: Hardware) -> float:
-    """Seconds for the gradients of A and B from those of the weights, of one microbatch: every part is copied to fp32 and read
-    twice. element: bytes of the model's dtype."""
+    """Seconds to compute the gradients of A and B from the gradients of the weights, for one microbatch: every part is copied
+    to fp32 and read twice. element: bytes of the model's dtype."""
     copies = (element + 4) * rank.parts if element < 4 else 0
     return copies / _memory(gpu) + max(2 * 4 * rank.parts / _memory(gpu), 2 * 2 * rank.products / _products(gpu))
 

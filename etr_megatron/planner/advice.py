@@ -14,7 +14,7 @@ from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
 UNCOUNTED = ("parallel.", "train.optimizer_offload")
-"""Settings whose cost in time is not modeled (more communication, an update on the CPU). They are listed after those with a
+"""Settings whose cost in time is not modeled (more communication, an update on the CPU). They are listed after settings with a
 known time."""
 
 
@@ -39,11 +39,15 @@ class Suggestion:
 
 
 def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
-    """Single changes that help. For a plan that does not fit: those that lower the peak of ranks that do not fit or make
-    servers fit; and if none of them makes it fit, training low-rank adapters, if that does. For one that fits: those that also
-    fit and save at least 1% of the step time. Changes that fit come first, of them those with a known cost, sorted by time.
+    """Single changes that help; which these are depends on the plan.
 
-    config: the planned config, unresolved. options: of `make_plan`.
+    - The plan does not fit: changes that lower the peak of ranks that do not fit, or make servers fit. If none of them makes
+      the plan fit but low-rank adapters do, training adapters is suggested too.
+    - The plan fits: changes that also fit and save at least 1% of the step time.
+
+    Changes that fit come first, and among them changes with a known cost, sorted by time.
+
+    config: the planned config, unresolved. options: see `make_plan`.
     """
     tried = (_tried(setting, changed, plan, options) for setting, changed in _changes(plan, config))
     found = [suggestion for suggestion in tried if suggestion]
@@ -68,7 +72,7 @@ def _tried(setting: str, changed: Config, plan: Plan, options: dict[str, Any]) -
 
 
 def _with_adapters(config: Config) -> tuple[str, Config]:
-    """(overrides, config with them) that train adapters, without what they rule out."""
+    """(overrides, config with them) that train adapters and reset settings that adapters rule out."""
     train: dict[str, Any] = {"overlap_grad_reduce": False, "overlap_param_gather": False}
     train |= {"grads_dtype": "float32", "optimizer_offload": False}
     train = {key: value for key, value in train.items() if getattr(config.train, key) != value}
@@ -133,9 +137,9 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _larger_servers(plan: Plan) -> list[dict[str, Any]]:
-    """The fewest doublings of a server's GPUs with which its weights leave room for a sample: fewer servers on a node, and
-    beyond its GPUs, servers that span nodes. Servers beside ranks take no more GPUs of a node than before, which leaves the
-    ranks their layout, or else any but one."""
+    """The fewest doublings of a server's GPUs with which its weights leave room for a sample: fewer servers on a node or, above
+    the GPUs of a node, servers that span nodes. If nodes have servers and ranks, there are two suggestions: no more of a node's
+    GPUs than before, so that the ranks keep their layout, and at most all GPUs of a node but one."""
     sglang, server, cluster = plan.config.sglang, plan.server, plan.cluster
     factor = 2
     while factor < cluster.gpus and server.weights / factor + plan.work.longest * server.token > server.pool:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 MOST_GPUS = 2**16
-"""Limit on GPUs: every rank is planned, so more would take minutes and memory to no use."""
+"""Maximum number of GPUs: every rank is planned, so more would take minutes and much memory for no benefit."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     """Assign a job's GPUs to ranks and servers according to `rollout.backend` and `sglang`.
 
-    Servers at `sglang.urls` are taken to span as few nodes as have their GPUs. Raises UserError if servers do not fit on a
-    node, do not divide the nodes among them or leave no GPU to train on.
+    Servers at `sglang.urls` are assumed to span as few nodes as possible. Raises UserError if servers do not fit on a node, do
+    not divide the nodes among them or leave no GPU to train on.
     """
     if problems := gpu_problems(gpus, gpus_per_node):
         raise UserError("\n".join(problems))
-    span = -(-config.sglang.tp // gpus_per_node)  # of servers outside, whose nodes may have more GPUs than a small job
+    span = -(-config.sglang.tp // gpus_per_node)  # nodes of an external server, which may have more GPUs than a small job
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} is not a multiple of the {gpus_per_node} GPUs of a node")

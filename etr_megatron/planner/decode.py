@@ -37,14 +37,15 @@ def generation_seconds(
 ) -> float:
     """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
-    concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
-    weights, and keys and values of a token, on one GPU of the server. nodes: over which the tp GPUs are spread evenly.
+    concurrency: maximum number of responses at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes,
+    token_bytes: bytes of the weights, and of a token's keys and values, on one GPU of the server. nodes: number of nodes over
+    which the tp GPUs are spread evenly.
 
-    A step takes the longer of reading (all weights, of experts only those that the batch chooses, and the batch's cache) and
-    computing, including the head; prompts take their products. Hidden states of both are also summed over the server's GPUs. A
-    sample that no longer fits in the cache is preempted, and its tokens are recomputed, like a prompt's, when it resumes.
-    Attention's own products count only with latents, which all heads share: with keys and values they always take less than
-    reading these.
+    A decode step takes the longer of reading and computing. It reads the weights (of experts only those that the batch chooses)
+    and the batch's cache; it computes the products, including the head. Prompts take the time of their products. For both, the
+    server's GPUs also sum hidden states (all-reduce). A sample that no longer fits in the cache is preempted, and its tokens
+    are recomputed, like a prompt's, when it resumes. The products of attention itself count only with latent attention, where
+    all heads share the cache: with separate keys and values they always take less time than reading these.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
@@ -59,7 +60,7 @@ def generation_seconds(
     seconds = 0.0
     while waiting or len(running):
         started = _admitted(waiting, concurrency - len(running), limit - running[:, 0].sum(), alone=not len(running))
-        # In one pass, so that they share the latency of its sums.
+        # All in one pass, so the latency of its all-reduces counts once.
         prefilled = sum(context for context, _ in started)
         seconds += (links if prefilled else 0.0) + prefilled * (compute + sending)
         running = np.concatenate([running, np.array(started).reshape(-1, 2)])
@@ -78,8 +79,8 @@ def generation_seconds(
 def _all_reduce(size: int, tp: int, nodes: int, gpu: Hardware) -> tuple[float, float]:
     """(latency, seconds of `size` bytes) of adding up over the tp GPUs of a server.
 
-    Over NVLink, whose switches add, a GPU sends them once, if its node has others. Over the network, the GPUs of a node send a
-    share each, in a ring of all nodes: nearly twice.
+    Over NVLink a GPU sends the bytes once, since the switches add, if there are other GPUs on its node. Over the network, each
+    GPU of a node sends its share in a ring of all nodes, nearly twice.
     """
     if tp == 1:
         return 0.0, 0.0
@@ -90,7 +91,7 @@ def _all_reduce(size: int, tp: int, nodes: int, gpu: Hardware) -> tuple[float, f
 
 
 def _latent_products(arch: Architecture) -> int:
-    """Operations of a decoded token for each cached one, in all layers and heads: a score of its latent and rotated key, and a
+    """FLOPs of a decoded token per cached token, in all layers and heads: a score from the latent and the rotated key, and a
     weighted sum of latents."""
     latent = arch.latent
     return 0 if latent is None else 2 * arch.layers * arch.heads * (latent.cached_dim + latent.kv_rank)
@@ -119,7 +120,7 @@ def expert_share(arch: Architecture) -> float:
 
 
 def _read(arch: Architecture, in_experts: float, batch: int) -> float:
-    """Fraction of the weights that a step of `batch` tokens reads: all but experts that no token has chosen. in_experts:
+    """Fraction of the weights that a step of `batch` tokens reads: all except experts that no token has chosen. in_experts:
     `expert_share`."""
     if arch.experts is None:
         return 1.0

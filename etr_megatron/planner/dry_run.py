@@ -79,7 +79,7 @@ def check_and_print(argv: Sequence[str]) -> None:
 
 
 def fewest_gpus(config: Config, **options: Any) -> Plan:
-    """The plan for the fewest GPUs, a power of 2, on which an unresolved config is valid and fits. options: of `make_plan`.
+    """The plan for the fewest GPUs, a power of 2, on which an unresolved config is valid and fits. options: see `make_plan`.
 
     Raises UserError if there is none, and for problems that no number of GPUs would fix.
     """
@@ -187,7 +187,7 @@ def elements_built(arch: Architecture, config: Config, world: int, rank: int) ->
         with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies), no_sum:
             chunks = model.build_chunks(arch, megatron, layout)  # compares their names with the weight map
             elements = sum(tensor.numel() for chunk in chunks for tensor in model.weights_in(chunk).values())
-            # The base of a model without values cannot be copied to the CPU.
+            # Meta tensors have no values, so the base cannot be copied to the CPU.
             lora = replace(config, lora=replace(config.lora, offload_base=False))
             adapters = PolicyAdapters(arch, chunks, layout, lora).named()
         return elements, sum(factor.numel() for factor in adapters.values())

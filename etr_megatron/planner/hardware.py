@@ -39,20 +39,20 @@ class Hardware:
     link_efficiency: float = 0.8
     """Achieved fraction of NVLink and network bandwidth."""
     all_reduce_latency: float = 15e-6
-    """Of a small all-reduce on NVLink; there are two per layer and decode step."""
+    """Latency of a small all-reduce on NVLink; there are two per layer and decode step."""
     network_all_reduce_latency: float = 40e-6
     """The same across nodes."""
     decode_overhead: float = 2e-3
-    """Of a decode step, outside the model: scheduling, sampling."""
+    """Overhead of a decode step outside the model: scheduling, sampling."""
     host_rate: float = 4e9
-    """Of copies between a GPU and unpinned host memory."""
+    """Rate of copies between a GPU and unpinned host memory."""
     pinned_rate: float = 2e10
-    """Of copies from pinned host memory while all GPUs of a node copy: below PCIe 4.0's 32 GB/s of an x16 link."""
+    """Rate of copies from pinned host memory while all GPUs of a node copy: below the 32 GB/s of a PCIe 4.0 x16 link."""
     http_rate: float = 4e7
-    """Of weights as base64 text in HTTP requests, including copies: 0.57 GB, 0.76 GB as text, took 19 s, including gathering,
-    with SGLang 0.5.17 next to an H100."""
+    """Rate of weights as base64 text in HTTP requests, including copies: 0.57 GB (0.76 GB as text) took 19 s, including
+    gathering, with SGLang 0.5.17 next to an H100."""
     disk_rate: float = 2e9
-    """Of the shared file system, for writing and for reading."""
+    """Rate of the shared file system, for writing and for reading."""
     pause: float = 1.0
     """Fixed cost of a weight sync: pause, flush, version handshake."""
 
@@ -98,4 +98,4 @@ B200 = Hardware(
 Gb/s adapter per GPU. FP32 without tensor cores as NVIDIA states it for HGX B200."""
 
 GPUS = {"a100": A100, "h100": H100, "h200": H200, "b200": B200}
-"""By the name that `--gpu` takes. `gib` is the number of GB in the datasheet, which drivers report in GiB, within 2%."""
+"""GPUs by their name for `--gpu`. `gib` is the datasheet's number of GB; drivers report about this number of GiB, within 2%."""

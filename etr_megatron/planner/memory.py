@@ -34,14 +34,14 @@ CHUNK_ROWS = 1024
 class RankMemory:
     """Bytes of a rank.
 
-    elements, adapters: numbers, not bytes, of the model's own parameters and of low-rank adapters; parameters has the bytes of
-    both. reference: the frozen model for a KL term. base: original values of adapted matrices on the GPU; base_on_host: in
-    pinned CPU memory. step: for a while in an optimizer step, an fp32 copy of bfloat16 gradients, or what merging adapters
-    needs. offloaded: what leaves the GPU for the rollout. activations, head: during training. projected: gradients of adapted
-    weights until they are projected, beside activations. export: full weights and buckets while weights are sent, and a
-    bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation. graphs: its CUDA graphs,
-    which stay. embedded, cache: the embedded engine's weights, and keys and values of its largest batch during generation.
-    nccl: see `nccl_bytes`.
+    elements, adapters: numbers, not bytes, of elements of the model and of low-rank adapters; parameters has the bytes of both.
+    reference: the frozen model for a KL term. base: original values of adapted matrices on the GPU; base_on_host: in pinned CPU
+    memory. step: temporary memory in an optimizer step, for an fp32 copy of bfloat16 gradients or for merging adapters.
+    offloaded: memory that is moved off the GPU for the rollout. activations, head: during training. projected: gradients of
+    adapted weights until they are projected, beside activations. export: full weights and buckets while weights are sent, and a
+    bfloat16 copy of weights held in FP8. server: the pool of a server on the same GPU during generation. graphs: its CUDA
+    graphs, which stay. embedded, cache: the embedded engine's weights, and keys and values of its largest batch during
+    generation. nccl: see `nccl_bytes`.
     """
 
     rank: int
@@ -90,8 +90,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token, or with latent
-    attention its latents, which every GPU of SGLang's has whole. (transformers, the embedded engine, caches keys and values.)
+    """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token or, with latent
+    attention, its latents, which SGLang replicates on every GPU. (The embedded engine, transformers, caches keys and values.)
 
     parameters: elements, not bytes. graphs: see `graph_bytes`.
     """
@@ -144,9 +144,9 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
 
 
 def _absorbed(arch: Architecture, tp: int) -> int:
-    """Elements of the copies that a server makes of the keys' and values' up-projections. It multiplies queries and attention's
-    output by them, so that attention works on the cached latents; SGLang makes them in the model's dtype, even from FP8
-    (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
+    """Elements of a server's copies of the up-projections of keys and values. The server multiplies queries and the output of
+    attention by them, so that attention works on the cached latents. SGLang makes the copies in the model's dtype, even from
+    FP8 (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
     assert arch.latent is not None
     return arch.layers * (arch.heads // tp) * arch.latent.up_dim * arch.latent.kv_rank
 
@@ -154,7 +154,7 @@ def _absorbed(arch: Architecture, tp: int) -> int:
 def rank_memory(
     arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: Sequence[RankAdapters]
 ) -> list[RankMemory]:
-    """Memory of every rank. adapters: of every rank. Raises ValueError if the layout does not fit the architecture."""
+    """Memory of every rank. adapters: one entry per rank. Raises ValueError if the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
@@ -235,7 +235,8 @@ def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
 
 
 def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
-    """Training in FP8 keeps two FP8 copies of every matrix, row-wise and column-wise; with `fp8.param` only these."""
+    """Bytes of parameters. Training in FP8 adds two FP8 copies of every matrix, row-wise and column-wise; with `fp8.param` it
+    keeps only these copies."""
     if config.fp8.recipe == "none":
         return held.total * element
     other = held.total - held.matrices
@@ -243,8 +244,8 @@ def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
-    """A second set of weights without gradients; a forward pass in FP8 only needs the row-wise copies of matrices. With
-    adapters the model itself, with its original values, is the reference."""
+    """Bytes of the reference model, a second set of weights without gradients. A forward pass in FP8 only needs the row-wise
+    copies of matrices. With adapters this is 0: the model itself with its original values is the reference."""
     if config.objective.kl_coef <= 0 or config.lora.rank:
         return 0
     copies = held.matrices if config.fp8.recipe != "none" and not config.fp8.param else 0
@@ -252,22 +253,21 @@ def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _optimizer_bytes(trained: RankParameters, config: Config, layout: TrainingLayout) -> int:
-    """Adam's two fp32 moments, and fp32 weights of its own: for bfloat16 weights, and once they have been offloaded. Adapters
-    are fp32."""
+    """Bytes of Adam's two fp32 moments and, for bfloat16 weights or with `train.offload_for_rollout`, its fp32 copy of the
+    weights. Adapters are fp32."""
     is_plain = (config.model.dtype == "float32" or config.lora.rank > 0) and not config.train.offload_for_rollout
     return (8 if is_plain else 12) * _updated(trained, config, layout)
 
 
 def _step_bytes(trained: RankParameters, adapters: RankAdapters, config: Config, layout: TrainingLayout) -> int:
-    """What the optimizer's step needs for a while: Megatron's fp32 copies of bfloat16 gradients, or merging the largest
-    weight."""
+    """Temporary bytes in an optimizer step: Megatron's fp32 copies of bfloat16 gradients, or merging the largest weight."""
     copies = 4 * _updated(trained, config, layout) if config.train.grads_dtype == "bfloat16" else 0
     return max(copies, adapters.merge_bytes(element_bytes(config), offloaded=config.lora.offload_base))
 
 
 def _updated(trained: RankParameters, config: Config, layout: TrainingLayout) -> int:
-    """Elements that a rank updates on its GPU. The distributed optimizer shards them over data-parallel ranks, experts over
-    their own group."""
+    """Elements that a rank updates on its GPU. The distributed optimizer shards them over data-parallel ranks, and those of
+    experts over the experts' own group."""
     if config.train.optimizer_offload:
         return 0
     if not config.train.distributed_optimizer:

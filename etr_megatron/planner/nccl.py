@@ -20,12 +20,12 @@ PEER = PEER_CHANNELS * CHANNEL
 
 
 def nccl_bytes(rank: int, layout: TrainingLayout, *, cp: int, cp_comm: str, experts: bool, node: int, sync: str | None) -> int:
-    """Bytes of a rank's connections: a ring for every group that adds or gathers, and the peers on its node that it exchanges
-    messages with. node: ranks of a node. sync: transport of weight syncs, if there are servers; what `sharded` sends to servers
-    on the same node is not counted.
+    """Bytes of a rank's connections: a ring for every group with reductions or gathers, and one connection to each peer on its
+    node with which it exchanges messages. node: ranks per node. sync: transport of weight syncs, None without servers;
+    connections of `sharded` to servers on the same node are not counted.
     """
     expert_ranks = layout.expert_tp * layout.ep
-    groups = [layout.world, layout.world, layout.tp, layout.dp]  # the second adds up norms; dp has the context-parallel ranks
+    groups = [layout.world, layout.world, layout.tp, layout.dp]  # the second is for gradient norms; dp includes CP
     if experts:
         groups += [expert_ranks, layout.stage_ranks // expert_ranks]
     if sync is not None:

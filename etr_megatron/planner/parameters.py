@@ -34,8 +34,8 @@ class RankParameters:
 
 @lru_cache(maxsize=4)
 def counted_weights(arch: Architecture) -> tuple[tuple[Weight, int], ...]:
-    """Every weight of the model with the number of weights that it stands for: of the experts of a layer, which are alike, the
-    first stands for all. (DeepSeek-V3 has 30,000 weights, which would all be built and cut for every plan.)"""
+    """Every weight of the model with the number of weights that it represents. The experts of a layer are alike, so the first
+    represents all of them. (DeepSeek-V3 has 30,000 weights, which would otherwise all be built and cut for every plan.)"""
     from etr_megatron.weights import weights_of
 
     experts = 1 if arch.experts is None else arch.experts.count
@@ -45,8 +45,8 @@ def counted_weights(arch: Architecture) -> tuple[tuple[Weight, int], ...]:
 def counted_holdings(
     weight: Weight, count: int, layout: TrainingLayout | ServerLayout, arch: Architecture
 ) -> Iterator[tuple[Holding, int]]:
-    """The holdings of one of `counted_weights`, which stands for `count`, with the number of holdings that each stands for: the
-    experts of an expert-parallel rank. Raises ValueError if the layout does not fit the architecture."""
+    """The holdings of a weight from `counted_weights`, which represents `count` weights, each with the number of holdings that
+    it represents: the experts of an expert-parallel rank. Raises ValueError if the layout does not fit the architecture."""
     each = 1 if weight.expert is None else max(1, count // layout.ep)
     for first in range(0, count, each):
         one = weight if weight.expert is None else replace(weight, expert=first)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which are
-    no parameters of the model; held_adapters: of every rank. ranks: training ranks, in order."""
+    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which do
+    not count as parameters of the model. held_adapters: the adapters on every rank. ranks: training ranks, in order."""
 
     config: Config
     arch: Architecture
@@ -43,8 +43,8 @@ class Plan:
 
     @cached_property
     def time(self) -> StepTime:
-        """What a step takes or, if ranks do not fit, would take if they did. Means nothing if servers do not fit: without room
-        for a sample there is no generation to estimate. Simulated when it is asked for, which may take seconds."""
+        """Time of a step, as if all ranks fit. Meaningless if servers do not fit: without room for a sample there is no
+        generation to estimate. Computed by a simulation on first use, which may take seconds."""
         # Moved to the CPU and back in every step.
         moved = max(rank.optimizer for rank in self.ranks) if self.config.train.offload_for_rollout else 0
         return step_time(self.arch, self.config, self.cluster, self.work, self.server, self.gpu, moved, self.held_adapters)

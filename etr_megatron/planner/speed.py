@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. logprobs: old and reference log-probs. adapters: what low-rank adapters take of `logprobs` and
-    `train`. tokens: of a step. gpus: all GPUs of the job.
+    """Seconds of a step. logprobs: old and reference log-probs. adapters: the part of `logprobs` and `train` that is due to
+    low-rank adapters. tokens: tokens of a step. gpus: all GPUs of the job.
 
     overlapped: whether generation overlaps with the rest (`rollout.max_staleness` of 1 or more).
     """
@@ -62,7 +62,7 @@ def step_time(
     adapters: Sequence[RankAdapters],
 ) -> StepTime:
     """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
-    sync. adapters: of every rank. Excludes grading, checkpoints, evaluation and startup."""
+    sync. adapters: one entry per rank. Excludes grading, checkpoints, evaluation and startup."""
     parallel = config.parallel
     bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
     body = work.samples * body_flops(arch, work.prompt + work.response)
@@ -103,10 +103,10 @@ def _head_products(config: Config) -> int:
 def _adapters_seconds(
     config: Config, work: Workload, gpu: Hardware, adapters: Sequence[RankAdapters], bubble: float
 ) -> tuple[float, float]:
-    """(seconds of a step's updates, of its reference) that the rank with the most adapted weights spends on adapters.
+    """(seconds in updates, seconds in reference log-probs) of a step that the rank with the most adapters spends on them.
 
-    In updates, every microbatch's gradients are projected, and every optimizer step merges the weights. The reference is the
-    model with its original values, after which it is merged again.
+    In updates, every microbatch's gradients are projected, and every optimizer step merges the weights. For the reference, the
+    model's original values are restored and afterwards merged again.
     """
     most, element = max(adapters, key=lambda rank: rank.base), element_bytes(config)
     offloaded, updates = config.lora.offload_base, config.train.epochs * config.train.minibatches
@@ -143,7 +143,8 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, sent_bytes:
 
 
 def _by_memory(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int) -> float:
-    """Send to one rank per node, which copies to host memory for servers to read; as text to servers outside the job."""
+    """Seconds of `sglang.sync: tensor`: one rank per node receives the weights and copies them to host memory, from which
+    servers read them. Servers outside the job get them as text."""
     if cluster.outside:
         return 4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate
     to_nodes = model_bytes / (gpu.network * gpu.link_efficiency) if nodes > 1 else 0.0

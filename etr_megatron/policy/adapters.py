@@ -1,14 +1,15 @@
 """Low-rank adapters of a policy: the only weights that are trained, merged into the model's own after every update.
 
-A model's parameter holds the merged value, base + scale * B A, rounded to the model's type: what servers are sent, so that
-training and rollouts compute log-probs with the same weights. Backward passes compute the gradient of a merged matrix as if it
-were trained itself; a hook projects it onto A and B and drops it, so that only one matrix has one at a time. This needs nothing
-of a layer but its weight: it is the same for every spec, split and family. (Modules beside the layers, as in other
-implementations, save the computation of these gradients. But servers would get merged weights all the same, and rounding makes
-them differ from what is trained.)
+A model's parameter holds the merged value, base + scale * B A, rounded to the model's dtype. Servers receive this value, so
+training and rollouts compute log-probs with the same weights. A backward pass computes the gradient of a merged matrix as if
+the matrix were trained. A hook then projects this gradient onto A and B and frees it, so that only one matrix has a gradient at
+a time. The code uses only a layer's weight, so it is the same for every spec, split and family. (Other implementations put
+modules beside the layers and need no gradients of full matrices. But their servers also get merged weights, which differ by
+rounding from the weights that are trained.)
 
-A and B are fp32 and whole on every tensor-parallel rank; each rank adds what its shards contribute to their gradients. (Of a
-matrix that ranks have whole, latent attention's, each has the gradient of its own tokens: mixtures need sequence parallelism.)
+A and B are fp32 and replicated on every tensor-parallel rank. The contributions of the ranks' shards to their gradients are
+summed. (Some matrices of latent attention are replicated too. Each rank then has the gradient of its own tokens, because models
+with experts need sequence parallelism.)
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from etr_megatron.weights.low_rank import Pair, add_gradients, add_products, bit
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A parameter with adapters. base: its original value, on the CPU or its device. factors: A and B by number of its HF
-    tensor."""
+    """A parameter with adapters. base: its original value, on the CPU or the parameter's device. factors: adapter, A and B by
+    the number of the HF tensor within the weight."""
 
     weight: Weight
     parameter: torch.nn.Parameter
@@ -45,7 +46,7 @@ class _Adapted:
     factors: dict[int, tuple[Adapter, Pair]]
 
     def merge(self) -> None:
-        """Set the parameter to base and products (in place)."""
+        """Set the parameter to its base plus the adapters' products (in place)."""
         self.parameter.data.copy_(add_products(self.base.to(self.parameter.device), self.shard, self.factors))
 
     def restore(self) -> None:
@@ -61,7 +62,7 @@ class _Adapted:
 
 
 class Adapters(torch.nn.Module):
-    """The adapters of a model chunk, which becomes its submodule `ADAPTERS`; all other parameters of it are frozen.
+    """The adapters of a model chunk; registered as its submodule `ADAPTERS`. All other parameters of the chunk are frozen.
 
     own: the rank's weights and parameters. factors: A and B of each adapter, fp32, as the chunk's only trained parameters.
     """
@@ -97,7 +98,7 @@ class Adapters(torch.nn.Module):
             chunk.embedding.register_forward_hook(_with_gradient)
 
     def _create(self, weight: Weight, adapter: Adapter, seed: int) -> Pair:
-        """A from PEFT's default distribution, the same in every layout, and B zero, as new parameters."""
+        """New parameters: A from PEFT's default distribution, with the same values in every layout, and B = 0."""
         digest = hashlib.sha256(f"{seed} {adapter.module}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         bound = adapter.columns**-0.5
@@ -110,7 +111,7 @@ class Adapters(torch.nn.Module):
             self._stored.append((stored, weight.expert is not None))
             if weight.expert is not None:
                 factor.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark of experts
-                # Megatron counts it in the gradient's norm on every rank of a tensor-parallel group, unless it is a copy.
+                # Megatron counts such a parameter in the gradient norm on every tensor-parallel rank where it is not `shared`.
                 factor.tensor_model_parallel = True  # type: ignore[attr-defined]
                 factor.shared = self._layout.etp_rank > 0  # type: ignore[attr-defined]
         return pair  # type: ignore[return-value]
@@ -120,14 +121,14 @@ class Adapters(torch.nn.Module):
         return {stored: factor for (stored, _), factor in zip(self._stored, self.factors, strict=True)}
 
     def watch(self) -> None:
-        """Begin to move gradients to the adapters. Call it once DDP and the optimizer, which take every parameter that has a
-        gradient, have been built."""
+        """Begin to move gradients to the adapters. Call it after DDP and the optimizer are built, since both take every
+        parameter that requires a gradient."""
         for one in self._adapted:
             one.parameter.requires_grad_(True)
             one.parameter.register_post_accumulate_grad_hook(one.project)
 
     def base_sum(self) -> Tensor:
-        """The share of this rank in `PolicyAdapters.base_sum`, without what it has in common with a rank before it; int64."""
+        """This rank's part of `PolicyAdapters.base_sum`, int64; a weight that several ranks hold counts on the first only."""
         layout = self._layout
         replica, expert_replica = mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_expert_data_parallel_rank()
         total = torch.zeros((), dtype=torch.int64)
@@ -139,7 +140,7 @@ class Adapters(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Set the adapted weights to base and products (in place)."""
+        """Set the adapted weights to their base plus the adapters' products (in place)."""
         for one in self._adapted:
             one.merge()
 
@@ -150,7 +151,7 @@ class Adapters(torch.nn.Module):
             one.restore()
 
     def sharded_state_dict(self, prefix: str = "", *_args: Any, **_kwargs: Any) -> dict[str, ShardedTensor]:
-        """Megatron's description of A and B for a checkpoint, which are cut in no layout."""
+        """Megatron's checkpoint entries for A and B, which no layout splits."""
         layout, found = self._layout, {}
         for number, (stored, expert) in enumerate(self._stored):
             replicas = mpu.get_expert_data_parallel_rank() if expert else mpu.get_data_parallel_rank(with_context_parallel=True)
@@ -161,7 +162,7 @@ class Adapters(torch.nn.Module):
 
 
 def _with_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-    """Make the embedding's output have a gradient: recomputed layers of which no input has one would have none either."""
+    """Make the embedding's output require a gradient: a recomputed layer has no backward pass if none of its inputs does."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
@@ -196,21 +197,21 @@ class PolicyAdapters:
             one.merge()
 
     def base_sum(self) -> int:
-        """A number that tells bases apart, the same in every layout: the sum of the bits of all elements of adapted matrices,
-        modulo 2**64; 0 without adapters. A collective."""
-        if self._base_sum is None:  # it takes seconds, and checkpoints are many
+        """A fingerprint of the base weights, the same in every layout: the sum, modulo 2**64, of the bits of all elements of
+        adapted matrices, as integers; 0 without adapters. A collective."""
+        if self._base_sum is None:  # cached, as it takes seconds and every checkpoint needs it
             total = sum((one.base_sum() for one in self._of_chunks), torch.zeros((), dtype=torch.int64)).to(platform.device())
             dist.all_reduce(total)
             self._base_sum = int(total)
         return self._base_sum
 
     def sharded_state_dicts(self) -> list[dict[str, ShardedTensor]]:
-        """Megatron's descriptions of what every chunk's `load_state_dict` takes of a checkpoint."""
+        """For every chunk, Megatron's entries of the checkpoint tensors that its `load_state_dict` takes."""
         return [one.sharded_state_dict(f"{ADAPTERS}.") for one in self._of_chunks]
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Context in which the weights are those from which training started."""
+        """Context in which all weights have their values from the start of training."""
         for one in self._of_chunks:
             one.restore()
         try:
@@ -219,7 +220,7 @@ class PolicyAdapters:
             self.merge()
 
     def sum_gradients(self, ddp: Sequence[Any]) -> None:
-        """Add up what tensor-parallel ranks contributed, in DDP's buffers (in place), before these are reduced over replicas. A
+        """Sum the gradients in DDP's buffers over tensor-parallel ranks (in place), before DDP reduces them over replicas. A
         collective."""
         if not self:
             return

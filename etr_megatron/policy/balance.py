@@ -54,7 +54,7 @@ class ExpertBalance:
         chosen, layer = output[1], router.layer_number - 1
         self._sums[layer, :-2] += chosen.sum(0)
         self._sums[layer, -2] += chosen.shape[0]
-        # Megatron sums losses without weighting them by tokens. Reading and zeroing the tracker after every pass allows that.
+        # Megatron sums losses over passes without weights. We read and zero the tracker after every pass to weight by tokens.
         tracked = get_moe_layer_wise_logging_tracker().get("load_balancing_loss")
         if tracked is not None:
             self._sums[layer, -1] += chosen.shape[0] * tracked["values"][layer]

@@ -17,7 +17,7 @@ from etr_megatron.types import TokenSequence
 class PolicyBatch:
     """N samples; identical on every rank.
 
-    names: sample names for error messages. sequences: the tokens of each; (prompt ids, response ids) pairs are converted.
+    names: sample names for error messages. sequences: each sample's tokens; (prompt ids, response ids) pairs are converted.
     advantage, clip_low, clip_high, weight, group_mean, group_std, variance: float32 [N]; `weight` is the aggregation weight of
     each token of a sample, with this whole batch's denominator; for the group statistics see `LossInputs`.
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.

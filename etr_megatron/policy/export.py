@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Export:
-    """The weights at the time of each call. Shards are views of the policy's parameters, which the next optimizer step changes,
-    and with adapters the reference's log-probs do for a while; iteration yields full tensors as copies."""
+    """The weights at the time of each call. Shards are views of the policy's parameters: the next optimizer step changes them,
+    and with adapters so does the computation of reference log-probs, while it runs. Iteration yields full tensors as copies."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

@@ -61,6 +61,6 @@ def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:
 
 
 def token_multiple(fp8: Fp8Config, tp: int, *, sequence_parallel: bool) -> int:
-    """The number that must divide a context-parallel rank's token count, so that the tokens between tensor-parallel regions
-    (1 / TP per rank with sequence parallelism) are a multiple of the recipe's."""
+    """The number that a context-parallel rank's token count must be a multiple of. Then the token count between tensor-parallel
+    regions (1 / TP of it per rank with sequence parallelism) is a multiple of what the recipe needs."""
     return FP8_TOKENS[fp8.recipe] * (tp if sequence_parallel else 1)

@@ -48,8 +48,8 @@ def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | 
         load_hf_weights(models, open_checkpoint(checkpoint_dir))
     together(lambda: _refuse_not_finite(models[0], checkpoint_dir))
     for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
-        # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them. Without
-        # the methods it starts from the weight; after TE's `clear_high_precision_init_val` alone it would fail on a None.
+        # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them. With
+        # these attributes deleted it starts from the loaded weight; TE's `clear_high_precision_init_val` leaves a None.
         for name in _INITIAL_VALUES:
             if hasattr(parameter, name):
                 delattr(parameter, name)
@@ -93,8 +93,8 @@ def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_di
 
 
 def reason(error: BaseException) -> str:
-    """One line on why a checkpoint could not be read: the first message that torch gathered from the ranks, without its list of
-    everything in the checkpoint."""
+    """One line on why a checkpoint could not be read: the first of the ranks' messages that torch gathered, without torch's
+    list of all keys in the checkpoint."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     cause = next((failure[0] for failure in failures), error)
     return str(cause).partition("\n")[0].partition(": [")[0].strip("'\"") or type(cause).__name__

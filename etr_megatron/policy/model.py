@@ -37,10 +37,10 @@ from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import HEAD
 
 ADAPTERS = "adapters"
-"""A chunk's submodule with its low-rank adapters, which are no weights of the model."""
+"""Name of a chunk's submodule with its low-rank adapters, which do not count as weights of the model."""
 
 _BUCKET_BYTES = 64 * 2**20
-"""Bytes of weights that are broadcast together: experts have many small ones."""
+"""Bytes of weights per broadcast: small weights, of which experts have many, are sent together."""
 
 
 class PolicyModel(GPTModel):
@@ -88,10 +88,10 @@ class PolicyModel(GPTModel):
 
 
 def forget_routing(model: torch.nn.Module) -> None:
-    """Drop what the MoE token dispatchers keep of their last forward pass (in place; call it between passes).
+    """Drop the tensors that MoE token dispatchers keep from their last forward pass (in place; call it between passes).
 
-    They keep tensors with their autograd graph. The graph holds activations until the next forward pass and, through the hooks
-    on its leaves, leaks the whole model with its process groups and threads, in a cycle that Python's collector cannot see.
+    These tensors keep their autograd graph alive. The graph holds activations until the next forward pass. Through the hooks on
+    its leaves it also leaks the whole model, with process groups and threads, in a cycle that Python's collector cannot see.
     """
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
@@ -108,8 +108,8 @@ def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) 
         # from the dense one if ETP is not TP, and gives them a separate optimizer in every layout, so checkpoints look alike.
         if weight.expert is not None:
             parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark
-        # Transformer Engine marks every matrix as split. Megatron would count in the gradient's norm, once for each rank, those
-        # that tensor-parallel ranks have whole: latent attention's projections down.
+        # Transformer Engine marks every matrix as split over TP. But latent attention's down-projections are replicated, and
+        # with the mark Megatron would count them in the gradient norm once per tensor-parallel rank.
         if weight.split == "replicated":
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]  # Megatron's mark
     return chunks
@@ -129,8 +129,8 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 
 def weights_in(chunk: torch.nn.Module) -> dict[str, Tensor]:
-    """A chunk's tensors that a checkpoint of the model must have, by their name in it: its parameters without adapters, and the
-    routers' biases, which Megatron keeps as buffers."""
+    """The tensors of a chunk that a checkpoint of the model must have, by their name in the chunk: the parameters without
+    adapters, and the routers' biases, which Megatron keeps as buffers."""
     parameters = {name: tensor for name, tensor in chunk.named_parameters() if not name.startswith(ADAPTERS + ".")}
     biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias")}
     return {**parameters, **biases}
@@ -223,8 +223,8 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
 def _buckets(
     arch: Architecture, layout: Layout, dtype: torch.dtype
 ) -> Iterator[tuple[tuple[int, int | None, bool], list[Weight]]]:
-    """((stage, expert-parallel owner or None, whether they are fp32 in any model), consecutive weights that it holds):
-    `_BUCKET_BYTES` or one larger weight."""
+    """Group consecutive weights with the same source and dtype into buckets of at most `_BUCKET_BYTES` (or one larger weight).
+    Yields ((stage, expert-parallel rank that holds them or None, whether they are fp32 in any model), weights)."""
 
     def holder(weight: Weight) -> tuple[int, int | None, bool]:
         owner = None

@@ -93,7 +93,8 @@ def transformer_config(
 def _attention_options(arch: Architecture) -> dict[str, Any]:
     """Norms and the attention scale, and the sizes of latent attention.
 
-    Megatron's embedding without scaling gets the frequencies of `rotary_frequencies`; of YaRN only the scale is left to it.
+    Megatron's rotary embedding is configured without scaling, because it gets the frequencies of `rotary_frequencies`. For
+    YaRN, Megatron computes only the attention scale.
     """
     latent = arch.latent
     if latent is None:
@@ -153,7 +154,7 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
     return dict(
         num_moe_experts=experts.count,
         moe_ffn_hidden_size=experts.intermediate_size,
-        # With a list, Megatron puts layer numbers into checkpoint keys; so does the weight map if there are dense layers.
+        # Given a list, Megatron puts layer numbers into checkpoint keys, as does the weight map if there are dense layers.
         moe_layer_freq=[int(arch.has_experts(layer)) for layer in range(arch.layers)] if experts.dense_layers else 1,
         moe_router_topk=experts.per_token,
         moe_router_pre_softmax=not experts.normalized,
@@ -162,7 +163,7 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
         moe_router_score_function=experts.score_function,
         moe_router_dtype="fp32" if router_fp32 or experts.score_function == "sigmoid" else None,
         moe_router_enable_expert_bias=experts.expert_bias,
-        moe_router_bias_update_rate=0.0,  # servers and checkpoints keep the bias that pretraining has found
+        moe_router_bias_update_rate=0.0,  # keep the bias from pretraining, as servers and checkpoints do
         moe_router_num_groups=experts.groups if experts.groups > 1 else None,
         moe_router_group_topk=experts.groups_per_token if experts.groups > 1 else None,
         moe_router_topk_scaling_factor=experts.scaling_factor if experts.scaling_factor != 1.0 else None,
@@ -201,7 +202,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     # Checkpoints name a norm after the linear layer that TE fuses it with.
     fused = parts.sharded_state_dict_keys_map
     if config.multi_latent_attention:
-        # As in TE's spec, every rank has them whole. The local spec would split them, and checkpoints would differ.
+        # Replicate them over TP, as TE's spec does. The local spec would split them, and checkpoints would differ.
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         attention.q_layernorm = attention.kv_layernorm = LocalRMSNorm
         fused["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -209,7 +210,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
             fused[f"self_attention.{latent}_layernorm."] = f"self_attention.linear_{latent}_up_proj.layer_norm_"
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-    if experts:  # MoE layers fuse none
+    if experts:  # MoE layers do not fuse this norm
         del fused["pre_mlp_layernorm."]
     return layer
 

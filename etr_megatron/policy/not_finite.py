@@ -17,8 +17,9 @@ class RowWatch:
     """Checks a policy loss's inputs, and its gradients with respect to log-prob and entropy, for NaN and infinity.
 
     One per microbatch and rank. A custom loss that turns finite inputs into a non-finite result raises UserError; anything else
-    raises FloatingPointError. Gradients of a token-local loss arrive chunk by chunk inside the head, those of other losses in
-    Megatron's backward pass. The former are only marked as they arrive, because reading a value synchronizes with the device.
+    raises FloatingPointError. Gradients of a token-local loss arrive chunk by chunk inside the head; gradients of other losses
+    arrive in Megatron's backward pass. The chunks' gradients are only marked as they arrive and checked later, because reading
+    a value synchronizes with the device.
     """
 
     def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
@@ -41,7 +42,7 @@ class RowWatch:
             self._check_gradients()
 
     def check(self, inputs: LossInputs, loss: float) -> None:
-        """Raise FloatingPointError if a row of any input is NaN or infinite, and the loss's error if it or its gradient is.
+        """Raise FloatingPointError if a row of an input is not finite, or the error of `RowWatch` for the loss or its gradient.
 
         inputs: all rows of the microbatch, the policy's values filled in. The error names the input, the sample, the token's
         position in the response (from 0) and the rank. Later gradients are checked as they arrive.

@@ -50,7 +50,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
-        # With an infinite limit the norm is computed but never scales; with 0 it would not be computed.
+        # With an infinite limit Megatron computes the norm but never scales gradients; with 0 it would not compute the norm.
         clip_grad=train.clip_grad or float("inf"),
         bf16=dtype == "bfloat16",
         params_dtype=DTYPES[dtype],
@@ -66,12 +66,12 @@ def optimizer_config(config: Config) -> OptimizerConfig:
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -> Any:
     """Megatron's optimizer of wrapped chunks; a collective."""
     if config.train.optimizer_offload and platform.uses_cuda():
-        # torchrun gives a rank one thread unless told otherwise, with which an update takes seconds per 10^9 weights.
+        # By default torchrun gives a rank one thread, and then an update takes seconds per 10^9 weights.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(torch.get_num_threads(), cores))
     optimizer: Any = get_megatron_optimizer(optimizer_config(config), [*chunks])
     if config.lora.rank and len(optimizer.chained_optimizers) > 1:
-        # Megatron makes one for the dense weights even if no rank trains any, which it cannot write to a checkpoint.
+        # Megatron makes an optimizer for dense weights even if no rank trains any, and cannot write that stub to a checkpoint.
         optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
     return optimizer
 

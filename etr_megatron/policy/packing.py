@@ -42,8 +42,8 @@ class Microbatch:
 def refuse_unknown_tokens(sequences: Sequence[AnySequence], vocab_size: int) -> None:
     """Raise UserError, naming the sample, for an id outside [0, vocab_size).
 
-    With a padded vocabulary the embedding would accept it, but no shard of the head has it as a target: its log-prob would
-    silently be minus the log-sum-exp.
+    With a padded vocabulary the embedding would accept such an id. But no shard of the head has it as a target, so its log-prob
+    would silently be minus the log-sum-exp.
     """
     for number, sequence in enumerate(sequences):
         for part, ids in zip(("prompt", "response"), sequence[:2], strict=True):

@@ -68,7 +68,8 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this is the rank, of those with identical losses, that reports them: last stage, tensor-parallel rank 0."""
+        """Whether this rank reports losses, which are the same on its tensor-parallel ranks: rank 0 of them, in the last
+        stage."""
         return self.is_last_stage and self.tp_rank == 0
 
 

@@ -2,9 +2,9 @@
 
 Invariants (tested): every sample appears exactly once; every data-parallel rank has the same number of microbatches, a multiple
 of `multiple`; no microbatch exceeds the token budget unless it is a single longer sample; the same input gives the same plan.
-The plan minimizes the cost of the costliest rank and of each rank's costliest microbatch, with no more microbatches than the
-rank that needs most requires. It is optimal up to `_EXACT` samples, unless the search is cut off. Beyond, it is greedy: the
-costliest sample first, into the cheapest part with room, which may take a few percent more microbatches.
+The plan minimizes the cost of the costliest rank and of each rank's costliest microbatch. The number of microbatches is the
+smallest that suffices on every rank. Up to `_EXACT` samples the plan is optimal, unless the search is cut off. Beyond that it
+is greedy: the costliest sample goes first, into the cheapest part with room, which may take a few percent more microbatches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 _EXACT = 16
 _SEARCH_STEPS = 50_000
-"""Partial assignments that a search tries before it returns the best so far: once for the ranks, and once in total for all
-ranks' microbatches. This takes tenths of a second, for which every rank waits at every pass."""
+"""Partial assignments that a search tries before it returns the best so far. The limit applies once to the split over ranks,
+and once to the microbatches of all ranks together. This takes tenths of a second, for which every rank waits at every pass."""
 
 
 def plan_microbatches(
@@ -39,7 +39,8 @@ def plan_microbatches(
 
 
 def _fewest(samples: Sequence[int], sizes: Sequence[int], limit: int) -> int:
-    """Lower bound on the parts needed: one per sample over `limit` plus room for the rest; two over half of it never share."""
+    """Lower bound on the parts needed: one for each sample above `limit`, and enough for the total size of the others; two
+    samples above half of `limit` never share a part."""
     short = [sizes[i] for i in samples if sizes[i] <= limit]
     large = sum(2 * sizes[i] > limit for i in samples)
     return max(large, len(samples) - len(short) + -(-sum(short) // limit))

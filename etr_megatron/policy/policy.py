@@ -60,9 +60,9 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Update:
-    """Result of one optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before
-    clipping. lr: of this step. balance: expert load balance, see `ExpertBalance.take`. memory: `platform.take_memory_peaks`
-    since the last update, the highest of all ranks."""
+    """Result of one optimizer step. loss: the whole batch's. sums: see `objective.diagnostic_sums`. grad_norm: gradient norm
+    before clipping. lr: learning rate of this step. balance: expert load balance, see `ExpertBalance.take`. memory:
+    `platform.take_memory_peaks` since the last update, the highest of all ranks."""
 
     loss: float
     sums: dict[str, float]
@@ -75,9 +75,9 @@ class Update:
 class Policy:
     """A Megatron model in its layout with its optimizer, and a frozen reference model if the objective has a KL term.
 
-    chunks: this rank's `layout.vpp` model chunks. adapters: what is trained instead of their weights with `lora.rank`; the
-    reference is then the model without them. config must be resolved (no `auto`). Raises UserError for a checkpoint that
-    cannot be read, and for FP8 where Megatron would silently train without it.
+    chunks: this rank's `layout.vpp` model chunks. adapters: with `lora.rank`, the low-rank adapters, which are trained instead
+    of the chunks' weights; the reference is then the model without adapters. config must be resolved (no `auto`). Raises
+    UserError for a checkpoint that cannot be read, and for FP8 where Megatron would silently train without it.
     """
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
@@ -95,7 +95,7 @@ class Policy:
             fp8=config.fp8,
         )
         if config.lora.rank:
-            # It adds gradients to a buffer, which adapted weights do not have.
+            # The fused kernel adds to `main_grad`, which adapted weights do not have.
             self._megatron.gradient_accumulation_fusion = False
         self.chunks = build_chunks(arch, self._megatron, layout)
         self.reference: list[PolicyModel] | None = None
@@ -133,7 +133,7 @@ class Policy:
         """Tempered log-probs and entropies of the response tokens that the model drew, under the current (or the reference)
         weights, on every rank.
 
-        sequences: of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
+        sequences: one per sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
         """
         if reference and not self.has_reference:
@@ -180,7 +180,7 @@ class Policy:
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.adapters.merge()
-        self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy, also while servers need the memory
+        self.optimizer.zero_grad()  # else the fp32 copies of bfloat16 gradients stay while servers need the memory
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
         mine = _totals(outputs) if self.layout.is_reporter else {}
@@ -231,8 +231,8 @@ class Policy:
         if self.config.train.overlap_param_gather:
             for chunk in self._ddp:
                 for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                    # As Megatron does it before a forward pass. Its `start_param_sync(force_sync=True)` would leave the
-                    # transposed copies of FP8 weights, which backward passes use, as they were before the update.
+                    # Megatron does the same before a forward pass. `start_param_sync(force_sync=True)` would not update the
+                    # transposed copies of FP8 weights, which backward passes use.
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:

@@ -29,7 +29,7 @@ def replicas_of(*, experts: bool) -> dist.ProcessGroup:
 
 
 def readers(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which of `ranks` ranks reads each tensor: the largest first, each by the rank with the least to read."""
+    """For each tensor, the rank that reads it: the largest tensor first, each goes to the rank with the least to read."""
     load, found = [0] * ranks, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         found[number] = min(range(ranks), key=load.__getitem__)
@@ -64,7 +64,7 @@ def read_once(own: Mapping[str, tuple[Weight, Tensor]], read: Callable[[str], Te
 
 
 class ReadOnce(TorchDistLoadShardedStrategy):
-    """A `dist_checkpointing.load` strategy in which one of the ranks that want a tensor reads it.
+    """A `dist_checkpointing.load` strategy in which only one of the ranks that need a tensor reads it from disk.
 
     This is Megatron's fully parallel load, run separately for experts, whose replicas are different ranks.
     """

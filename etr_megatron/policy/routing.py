@@ -32,8 +32,8 @@ PIECE = 64 << 20
 
 @dataclass(frozen=True)
 class StepRouting:
-    """The experts that the engine chose for N samples. A step's take gigabytes: rank 0 has them all, and for a pass each rank
-    gets those of its own samples and layers.
+    """The experts that the engine chose for N samples. Those of a step take gigabytes. So only rank 0 holds all of them, and
+    before a pass each rank gets the experts of its own samples and layers.
 
     lengths: number of leading tokens of each sample with known experts; on every rank.
     chosen: on rank 0, per sample uint8 [length, MoE layers, experts per token]; None elsewhere.
@@ -44,7 +44,7 @@ class StepRouting:
 
     @classmethod
     def of(cls, chosen: Sequence[Tensor]) -> StepRouting:
-        """Build from `chosen`; on rank 0, the others get it `without_chosen`."""
+        """Build from `chosen`, on rank 0. Other ranks get the result of `without_chosen`."""
         return cls(tuple(map(len, chosen)), tuple(chosen))
 
     def without_chosen(self) -> StepRouting:
@@ -97,7 +97,7 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
 
 def _layer_of(router: TopKRouter) -> int:
     """Which layer of the model, from 0."""
-    number: Any = router.layer_number  # to the type checker nothing but the None that it is made with
+    number: Any = router.layer_number  # the type checker only knows its initial None
     return int(number) - 1
 
 
@@ -124,8 +124,8 @@ class RoutingReplay:
 
     @contextmanager
     def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
-        """Context for the passes over these microbatches. routing: of the samples that they index; None lets the routers
-        choose. A collective if routing is given."""
+        """Context for the passes over these microbatches. routing: the step's, which the microbatches index by sample; None
+        lets the routers choose. A collective if routing is given."""
         # Read once, before the passes: every read synchronizes with the device.
         self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
         if routing is not None:
@@ -139,7 +139,7 @@ class RoutingReplay:
 
     @property
     def is_told(self) -> bool:
-        """Whether the experts are given."""
+        """Whether routers must use given experts now."""
         return self._routing is not None
 
     def told(self, number: int) -> Tensor:
@@ -161,8 +161,8 @@ class RoutingReplay:
 
 @dataclass(frozen=True)
 class _Places:
-    """The origin of a context-parallel rank's tokens of a microbatch: their positions in their sequences [T], the offset of
-    each sequence among them, and the sample index of each sequence (a dummy sequence may follow)."""
+    """Where a context-parallel rank's tokens of a microbatch come from: each token's position in its sequence [T], the offset
+    of each sequence among the tokens, and the sample index of each sequence (a dummy sequence may follow)."""
 
     samples: Sequence[int]
     positions: Tensor

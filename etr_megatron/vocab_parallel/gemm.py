@@ -38,7 +38,7 @@ def in_multiples(rows: int) -> int:
 
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
-    """Rows that a CPU product of `rows` rows is computed with; the extra rows are zeros."""
+    """The number of rows to which a CPU product pads its `rows` rows with zeros."""
     return in_multiples(rows) if _ONEDNN and dtype == torch.float32 else rows
 
 

@@ -104,7 +104,7 @@ class _Travelling:
 
 
 def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
-    """[4, rows]; a shard with only padding contributes nothing."""
+    """This shard's row statistics, fp32 [4, rows] (see `row_statistics`); neutral values if the shard has only padding."""
     if logits.shape[1] == 0:
         nothing = logits.new_zeros(4, len(logits))
         nothing[0] = -torch.inf
@@ -116,7 +116,8 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log-prob, entropy and log-sum-exp, [rows] each, from the [TP, 4, rows] statistics of all shards."""
     top, total, target, weighted = statistics.unbind(1)
     peak = top.max(dim=0).values
-    # Everything is relative to the maximum: a common offset of the logits would cost precision. -inf: a shard of padding only.
+    # All sums are relative to the maximum, because a common offset of the logits would cost precision. A shard with only
+    # padding has a maximum of -inf.
     below = (top - peak).clamp(min=torch.finfo(top.dtype).min)
     scale = below.exp()
     weighted = ((weighted + total * below) * scale).sum(0)

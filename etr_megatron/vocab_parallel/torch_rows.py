@@ -1,7 +1,7 @@
 """The two row-wise passes over a chunk of logits in torch, for any device. `triton_rows` has them as Triton kernels for CUDA.
 
 Precondition of both passes, here and in `triton_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf gets NaN
-statistics, by which a run detects it, and does not affect other rows; the result for a row with -inf is undefined.
+statistics, which the run detects, and does not affect other rows. The result for a row with -inf is undefined.
 
 On CPU the passes process a few rows, or a tile, at a time, so that the temporary stays in the cache and nothing of a chunk's
 size is allocated besides the chunk itself.

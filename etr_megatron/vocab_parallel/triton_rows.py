@@ -12,7 +12,7 @@ TP8); other sizes give the same results, slower.
 triton is optional: without it this module can be imported, and `is_available` returns False.
 
 Precondition of both passes, here and in `torch_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf gets NaN
-statistics, by which a run detects it, and does not affect other rows; the result for a row with -inf is undefined.
+statistics, which the run detects, and does not affect other rows. The result for a row with -inf is undefined.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def _gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (row, tile): each program reads its tile before it writes it, and no other touches it: `out` may be `logits`."""
+    """Program (row, tile): write the gradient of one tile. `out` may be `logits`, because a program reads its tile before it
+    writes it, and no other program accesses that tile."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = index < real

@@ -22,12 +22,13 @@ class WeightGrad:
     is_main_grad: bool
 
     def handed_to_autograd(self) -> Tensor:
-        """The gradient in the weight's dtype; zero if it is already in `main_grad`.
+        """The gradient to return to autograd, in the weight's dtype; zero if `main_grad` already has it.
 
         The zero is a sparse tensor without entries, since a dense one would take as much memory as the weight. It cannot be
-        None: autograd runs the hook of an undefined gradient on another thread than those of other CUDA parameters, so ranks
-        might start their overlapped reductions in different orders (see Megatron's own dummy in tensor_parallel/layers.py).
-        With tied embeddings on one stage, autograd adds the embedding's gradient, and the hook adds that (`zero_out_wgrad`).
+        None: for an undefined gradient, autograd runs the hook on another thread than the hooks of other CUDA parameters, so
+        ranks might start their overlapped reductions in different orders (see Megatron's own dummy in
+        tensor_parallel/layers.py). With tied embeddings on one stage, autograd adds the embedding's gradient to it, and DDP's
+        hook adds the sum to `main_grad` (`zero_out_wgrad`).
         """
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
@@ -36,7 +37,7 @@ class WeightGrad:
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
-    """Whether the parameter has an fp32 gradient buffer from Megatron."""
+    """The parameter's gradient buffer from Megatron, [Vp/TP, H], if it has one in fp32, else None."""
     buffer = getattr(weight, "main_grad", None)
     return buffer if isinstance(buffer, Tensor) and buffer.dtype == torch.float32 else None
 

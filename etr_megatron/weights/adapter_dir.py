@@ -1,4 +1,4 @@
-"""Checkpoints of low-rank adapters: what they hold, and the model that they make of the one that training started from."""
+"""Checkpoints of low-rank adapters: their content, and the model that results from merging them into their base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from etr_megatron.weights.torch_dist_dir import TorchDistDir
 
 
 def read_low_rank(path: Path) -> LowRank:
-    """The kind of adapters in a checkpoint of them. Raises UserError for a broken `LORA_FILE`."""
+    """Rank, targets and scale of the adapters in a checkpoint. Raises UserError for a broken `LORA_FILE`."""
     values = read_config(path / LORA_FILE)
     try:
         return LowRank.from_json(values)
@@ -32,7 +32,7 @@ def read_low_rank(path: Path) -> LowRank:
 
 
 class AdapterDir:
-    """The adapters in a checkpoint directory. Raises UserError unless they are those that its `LORA_FILE` describes."""
+    """The adapters in a checkpoint directory. Raises UserError if its tensors differ from what its `LORA_FILE` describes."""
 
     def __init__(self, path: Path, arch: Architecture) -> None:
         self.path = path
@@ -62,7 +62,7 @@ class AdapterDir:
         return found
 
     def pair(self, adapter: Adapter) -> Pair:
-        """The factors of an adapter, new."""
+        """The factors A and B of an adapter, as new tensors."""
         a, b = (self._stored.whole(name).float() for name in adapter.stored)
         return a, b
 
@@ -73,16 +73,16 @@ def _shapes(adapter: Adapter) -> tuple[Index, Index]:
 
 
 class Merged(BoxSource):
-    """What a run with adapters trains and serves: its base with the adapters' products added.
+    """The weights that a run with adapters trains and serves: the base plus the adapters' products.
 
-    dtype: of the run's model, in which it holds the base, and to which sums are rounded; None keeps that of the base.
-    named: the base's directory and what gave it, for messages.
+    dtype: the dtype of the run's model. The base is cast to it, and sums are rounded to it; None keeps the base's own dtype.
+    named: the base's directory, and the option or file that gave it, for messages.
     """
 
     def __init__(self, base: BoxSource, adapters: AdapterDir, dtype: torch.dtype | None, named: str) -> None:
         super().__init__()
         self._base, self._adapters, self._dtype, self._named = base, adapters, dtype, named
-        self._bit_sums: dict[str, int] = {}  # of the base's tensors of weights with adapters, each read last in full
+        self._bit_sums: dict[str, int] = {}  # by base tensor of a weight with adapters, from its last full read
 
     def type_of(self, name: str, weight: Weight) -> torch.dtype:
         """See `BoxSource`."""
@@ -110,7 +110,7 @@ class Merged(BoxSource):
                     yield StoredBox(name, begin, size, values, origin)
 
     def refuse_other_base(self, total: Callable[[int], int]) -> None:
-        """Once all tensors have been read, by several ranks each its share, raise UserError if the base is not the run's. A
+        """Raise UserError if the base is not the run's. Call it after all tensors have been read, each rank its share. A
         collective.
 
         total: returns the sum of all ranks' numbers. Without the run's config.yaml or state, nothing is refused.

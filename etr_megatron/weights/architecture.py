@@ -35,7 +35,8 @@ FAMILIES = {
 """HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
 
 BIASED_ROUTERS = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")
-"""Families whose experts are chosen by sigmoids plus a bias per expert, and which publish layers for multi-token prediction."""
+"""Families whose routers choose experts by sigmoid plus a bias per expert. Their published checkpoints have layers for
+multi-token prediction."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Architecture:
     """A decoder with grouped-query or (`latent`) latent attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors,
-    `partial_rotary_factor`), see `read_rope`. use_qk_norm: whether queries and keys have norms, if the family's table has some.
-    mtp_layers: layers that a checkpoint may have after the last one, for multi-token prediction. They are neither loaded nor
-    trained. With latent attention, head_dim is that of queries and keys, and every head has keys and values of its own.
+    `partial_rotary_factor`), see `read_rope`. use_qk_norm: whether queries and keys have norms, in families whose table has
+    rows for such norms. mtp_layers: layers that a checkpoint may have after the last one, for multi-token prediction. They are
+    neither loaded nor trained. With latent attention, head_dim is the size of a query and a key, and every head has its own
+    keys and values.
     """
 
     family: str
@@ -82,7 +84,7 @@ class Architecture:
 
     @property
     def rotary_fraction(self) -> float:
-        """The fraction of a head's dimensions, the first ones, that the rotary embedding turns."""
+        """The fraction of a head's dimensions that the rotary embedding rotates; these come first."""
         return self.rope.get("partial_rotary_factor", 1.0)
 
     @property
@@ -110,8 +112,7 @@ def _has_rows(family: str, part: str) -> bool:
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
-    """Raise UserError for settings with which transformers or a server would differ from the model here, and that show in no
-    tensor."""
+    """Raise UserError for settings that change the model in transformers or a server but not here, and that no tensor shows."""
     wanted: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "mlp_bias": False}
     wanted |= {"use_sliding_window": False, "is_causal": True}
     if not _has_rows(family, "linear_qkv.bias"):
@@ -124,7 +125,7 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
     if family in ("glm4_moe", "glm4_moe_lite"):
         wanted |= {"n_group": 1, "topk_group": 1}
     if family == "deepseek_v3":
-        wanted["index_topk"] = None  # SGLang would take V3's attention for V3.2's, which is sparse
+        wanted["index_topk"] = None  # with it, SGLang would use V3.2's sparse attention
     for key, value in wanted.items():
         if config.get(key, value) != value:
             found, only = spelled(config[key]), spelled(value)

@@ -1,4 +1,4 @@
-"""Tensors by HF name, box by box as they are stored: what conversions read, whatever the checkpoint's format."""
+"""How conversions read a checkpoint of any format: its HF tensors by name, in the boxes in which they are stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class StoredBox:
-    """A box of an HF tensor, `size` from `begin`, that is at `at` of a chunk's values, which are in a file or in memory."""
+    """A box of an HF tensor: `size` from `begin`. It is at `at` in a chunk, whose values are in a file or in memory."""
 
     name: str
     begin: Index
@@ -45,7 +45,7 @@ class StoredBox:
 
 
 class BoxSource(ABC):
-    """A model's tensors; use one iterator at a time, as all share the memory that blocks are read into."""
+    """A model's tensors. Use one iterator at a time: all iterators read blocks into the same memory."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
@@ -56,7 +56,7 @@ class BoxSource(ABC):
 
     @abstractmethod
     def boxes(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[StoredBox]:
-        """The HF tensors of a weight (or `only` the one of that name), in the boxes in which they are stored; every value once.
+        """The HF tensors of a weight (with `only`, just that tensor), in the boxes in which they are stored; every value once.
 
         Raises UserError for a damaged file.
         """
@@ -88,7 +88,7 @@ class BoxSource(ABC):
 
 
 class ByName:
-    """Reads a source's tensors as `SafetensorsDir.read` does; those of the last weight are kept in memory."""
+    """Reads a source's tensors as `SafetensorsDir.read` does; keeps the tensors of the last weight in memory."""
 
     def __init__(self, source: BoxSource, arch: Architecture) -> None:
         self._source, self._arch = source, arch

@@ -33,8 +33,7 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
     tensors. (Elsewhere a config that does not fit its weights silently loads garbage.) In a `torch_dist` directory the files
     must also be long enough for what they should hold, and the chunks must make up every tensor.
 
-    values: if a tied head is stored as well as the embedding, read both and refuse a head with other values, which would be
-    lost.
+    values: if a tied head is stored beside the embedding, read both and refuse a head with other values: they would be lost.
     """
     arch = read_architecture(model_dir, named=named)
     if is_torch_dist(model_dir):
@@ -59,7 +58,7 @@ def check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
 
 
 def _used(checkpoint: SafetensorsDir | TorchDistDir, arch: Architecture) -> dict[str, Index]:
-    """Shapes of a checkpoint's tensors but rotary frequencies and layers for multi-token prediction."""
+    """Shapes of a checkpoint's tensors, except rotary frequencies and layers for multi-token prediction."""
     drafts = tuple(f"model.layers.{arch.layers + number}." for number in range(arch.mtp_layers))
     if drafts:
         drafts += ("mtp.",)  # Megatron's name
@@ -90,7 +89,7 @@ def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
     wanted = stored_shapes(arch)
     found = _used(checkpoint, arch)
     for weight in weights_of(arch):
-        # How many rows of padding a vocabulary has depends on the layout that wrote it.
+        # The number of padding rows of a vocabulary depends on the layout that wrote it.
         name = weight.stored
         if weight.split == "vocab" and name in found and found[name][0] >= arch.vocab_size:
             wanted[name] = (found[name][0], *wanted[name][1:])

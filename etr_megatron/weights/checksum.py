@@ -33,7 +33,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _scrambled(words: Tensor, first: int) -> Tensor:
-    """Hash of the value and the position of each of the int64 [n] words, the first of which is at position `first`."""
+    """Hash of the value and the position of each word, int64 [n]; the first word is at position `first`."""
     places = torch.arange(first + 1, first + 1 + len(words), device=words.device)
     mixed = words + places * -7_046_029_254_386_353_131
     for factor in (-49_064_778_989_728_563, -4_265_267_296_055_464_877):
@@ -42,6 +42,6 @@ def _scrambled(words: Tensor, first: int) -> Tensor:
 
 
 def _upper(words: Tensor) -> Tensor:
-    """The upper 31 bits, by a logical shift: with the copies of the sign that `>>` of a signed number shifts in, a word and its
-    complement would have the same hash."""
+    """The upper 31 bits, by a logical shift. (An arithmetic shift, `>>` of a signed number, fills in copies of the sign; then a
+    word and its complement would have the same hash.)"""
     return (words >> 33) & 0x7FFF_FFFF

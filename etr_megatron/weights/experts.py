@@ -21,10 +21,11 @@ from etr_megatron.weights.hf_config import (
 class Experts:
     """Mixture of gated MLPs in place of the dense one, in all layers but `dense_layers`.
 
-    normalized: whether the weights of a token's chosen experts are divided by their sum. shared_size: width of the MLP that
-    every token passes besides its experts; 0 is none. score_function: of the router's logits, softmax or sigmoid. expert_bias:
-    whether experts are chosen by score plus a bias per expert. scaling_factor: of the chosen experts' weights. groups: of
-    consecutive experts, `groups_per_token` of which a token may choose from: those whose two best experts are best.
+    normalized: whether the weights of a token's chosen experts are divided by their sum. shared_size: width of the shared MLP,
+    which every token passes besides its experts; 0 is none. score_function: how the router turns logits into scores.
+    expert_bias: whether experts are chosen by score plus a bias per expert. scaling_factor: factor on the chosen experts'
+    weights. groups: number of groups of consecutive experts. A token chooses experts from only `groups_per_token` groups, those
+    with the largest sums of their two best scores.
     """
 
     count: int
@@ -120,7 +121,7 @@ def _refuse_other_groups(count: int, per_token: int, groups: int, chosen: int, s
             f"{source}: n_group={groups} with topk_group={chosen} cannot give {per_token} of {count} experts to a token"
         )
     if groups > 1 and (per_token // chosen != 2 or count // groups < 2):
-        # Megatron ranks groups by as many of their experts as a token has in each, others always by two.
+        # Megatron ranks groups by their `per_token / groups_per_token` best experts, other implementations by their two best.
         raise UserError(
             f"{source}: num_experts_per_tok={per_token} with topk_group={chosen} of {groups} groups of {count // groups} "
             "experts; groups are supported only if a token has two experts in each that it may choose from"

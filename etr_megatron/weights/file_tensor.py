@@ -1,5 +1,5 @@
-"""A dense tensor in a file, any box of which is read by plain reads of its bytes. Files are not mapped into memory: mapped
-pages, once touched, count as memory of the process."""
+"""A dense tensor in a file. Any box of it can be read, by plain file reads. Files are not memory-mapped, because mapped pages
+count as memory of the process once they are touched."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Attention whose keys and values are projected up from one latent per token, which is all that a server caches of it.
+    """Attention whose keys and values are projected up from one latent per token. A server caches only this latent.
 
-    A head's query and key have `nope_dim` dimensions without a position and `rope_dim` that the rotary embedding turns; the
-    latter are one key for all heads, beside the latent of width `kv_rank`. value_dim: of a head. q_rank: width of the queries'
-    latent; None if queries are projected at once.
+    A head's query and key have `nope_dim` dimensions without a position and `rope_dim` that the rotary embedding rotates. The
+    rotated part of the key is shared by all heads and cached beside the latent of width `kv_rank`. value_dim: size of a head's
+    value. q_rank: width of the queries' latent; None if queries are projected directly from the hidden states.
     """
 
     kv_rank: int
@@ -40,7 +40,7 @@ class LatentAttention:
 
     @property
     def cached_dim(self) -> int:
-        """Elements that a server caches per token and layer, whatever the number of heads and of its ranks."""
+        """Elements that a server caches per token and layer, independent of the number of heads and of the server's ranks."""
         return self.kv_rank + self.rope_dim
 
 

@@ -153,7 +153,7 @@ class ServerLayout:
 
 @dataclass(frozen=True)
 class WholeLayout:
-    """Every weight in full on one rank, which `owner` returns, with its HF tensors stacked along the rows."""
+    """Every weight in full on one rank, given by `owner`, with its HF tensors stacked along the rows."""
 
     world: int
     owner: Callable[[Weight], int]
@@ -164,7 +164,7 @@ class WholeLayout:
 
 
 def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
-    """Every weight that a rank holds a shard of, with that shard, in the model's order."""
+    """Every (weight, shard) that a rank holds, in the model's order."""
     for weight in weights_of(arch):
         for holding in placement.holdings(weight, arch):
             if rank in holding.ranks:
@@ -181,7 +181,7 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Everything that the shards of a weight depend on, as a cache key: most weights of a model have it in common."""
+    """Everything that the shards of a weight depend on, as a cache key: most weights of a model share a few keys."""
 
     shard_of: Callable[[Weight, Architecture, int, int], Shard]
     ways: int
@@ -195,7 +195,7 @@ class _Cut:
 
 @lru_cache(maxsize=512)
 def _distinct_shards(cut: _Cut) -> tuple[tuple[Shard, tuple[int, ...]], ...]:
-    """Shards of all ranks of a cut with the ranks that hold them; equal ones (replicated weights, repeated heads) once."""
+    """The distinct shards of a cut, each with the ranks that hold it. Replicas and repeated heads are the same shard."""
     merged: dict[Shard, list[int]] = {}
     for rank in range(cut.ways):
         merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, rank), []).append(rank)
@@ -209,8 +209,8 @@ def _holdings(
     places: Sequence[int],
     shard_of: Callable[[Weight, Architecture, int, int], Shard],
 ) -> list[Holding]:
-    """The distinct shards of a cut into `ways`. places: the layout's ranks that hold its first part; those of the others follow
-    each of them."""
+    """The distinct shards of a weight that is cut into `ways` parts. places: the layout's ranks that hold part 0; part i is on
+    the ranks place + i."""
     cut = _Cut(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
     return [
         Holding(shard, tuple(sorted(place + rank for place in places for rank in ranks)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LIMIT = 10
-"""Names in a list by default; more do not help anybody."""
+"""Default number of names in a list; longer lists make messages hard to read."""
 
 
 def listed(items: Sequence[str], separator: str = ", ", limit: int = LIMIT) -> str:

@@ -26,7 +26,7 @@ from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.shards import Shard, box
 
 MERGED_AT_ONCE = 2**24
-"""Elements that are summed in fp64 at a time, which bounds the memory for it."""
+"""Maximum number of elements that are summed in fp64 at a time; bounds the memory of the sums."""
 
 _R2 = (0.7548776662466927, 0.5698402909980532)
 """1 / g and 1 / g^2, where g^3 = g + 1 (extremelearning.com.au, "The unreasonable effectiveness of quasirandom sequences")."""
@@ -37,8 +37,8 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter of one HF tensor. hf: which of its weight's tensors. module: the tensor's name without `.weight`. scale: what
-    the product is multiplied by."""
+    """The adapter of one HF tensor. hf: number of the tensor within its weight. module: the tensor's name without `.weight`.
+    scale: factor on the product B A."""
 
     hf: int
     module: str
@@ -60,7 +60,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Which linear modules have adapters, and of what size; the keys of the config's section `lora`."""
+    """Which linear modules have adapters, and their ranks and scale. The fields are keys of the config's section `lora`."""
 
     rank: int
     alpha: float
@@ -92,8 +92,8 @@ class LowRank:
                 yield weight, adapters
 
     def refuse_missing_targets(self, arch: Architecture) -> None:
-        """Raise UserError for a target that the model does not have, if nothing would be trained, and for a rank above a
-        matrix's sides."""
+        """Raise UserError for a target that the model does not have, for a rank larger than a matrix's sides, and if nothing
+        would be trained."""
         adapted = list(self.adapted(arch, first_expert=True))
         present = {adapter.module.rpartition(".")[2] for _, adapters in adapted for adapter in adapters}
         missing = [name for name in self.targets if name not in present]
@@ -143,11 +143,11 @@ class LowRank:
 
 
 def bit_sum(values: Tensor) -> Tensor:
-    """int64 scalar on the CPU: the sum of the elements' bits as integers, by which models are told apart."""
+    """int64 scalar on the CPU: the sum of the elements' bits as integers, a fingerprint of a model's weights."""
     bits = values.view(torch.int32 if values.itemsize == 4 else torch.int16)
     if bits.is_cuda:
         return bits.sum(dtype=torch.int64).cpu()
-    return torch.tensor(bits.numpy().sum(dtype=np.int64))  # torch takes ten times as long
+    return torch.tensor(bits.numpy().sum(dtype=np.int64))  # torch's sum takes ten times as long
 
 
 @torch.no_grad()
@@ -155,8 +155,8 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
     """The shard's values with the products of its adapters added: new, in the type of `values`, which is not written to.
 
     values: the shard of the base, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors on the same
-    device. Sums are in fp64 and rounded once, to bf16 as `_rounded` does it: the order of fp32 sums would depend on how a
-    weight is cut, on sizes and on the device, and a checkpoint that is merged elsewhere would differ from what was trained.
+    device. Sums are in fp64 and rounded once, to bf16 by `_rounded`. The order of fp32 sums would depend on the shard, on sizes
+    and on the device, so a checkpoint that is merged elsewhere would differ from the weights that were trained.
     """
     merged = values.clone()
     for piece in shard.pieces:
@@ -174,16 +174,16 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
 
 
 def _rounded(values: Tensor, module: str, begin: Index) -> Tensor:
-    """fp32 values [n, m] as bf16, rounded up or down so that the mean of many has no error (in place: they are overwritten).
+    """fp32 values [n, m] as bf16, rounded up or down such that the mean over many elements has no error. Overwrites `values`.
 
-    Elements of a base in bf16 have no further bits, so rounding to the nearest would return all of them unchanged until a
-    product exceeds half a unit in the last place, which those of thousands of updates may not. Here, an element is rounded away
-    from zero if its discarded bits exceed a threshold of its own, and thresholds are spread evenly over all that are possible:
-    a product of a tenth of a unit changes every tenth element by a unit.
+    With a base in bf16, rounding to the nearest would return every element unchanged until its product exceeds half a unit in
+    the last place, which may not happen in thousands of updates. Here, every element has its own threshold, and it is rounded
+    away from zero if its discarded bits exceed the threshold. Thresholds are spread evenly over all possible values: a product
+    of a tenth of a unit changes every tenth element by a unit.
 
-    module, begin: the name of the tensor and the place of the values in it, on which thresholds depend (and on nothing else, so
-    that a weight is the same however it is cut). They are the fractional parts of `row p + column q + r`, p and q being the
-    constants of Roberts's R2 sequence, whose points fill a square evenly.
+    module, begin: the name of the tensor and the position of the values in it. Thresholds depend on nothing else, so that a
+    merged weight does not depend on the layout. A threshold is the fractional part of `row p + column q + r`, where p and q are
+    the constants of Roberts's R2 sequence, whose points fill a square evenly.
     """
     rows, columns = (
         torch.arange(first, first + count, dtype=torch.float64, device=values.device) * step
@@ -200,9 +200,9 @@ def _rounded(values: Tensor, module: str, begin: Index) -> Tensor:
 def add_gradients(
     gradient: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]], into: Mapping[int, Pair]
 ) -> None:
-    """Add what a shard's gradient contributes to the gradients of its adapters (in place: the caller owns `into`, fp32).
+    """Add the contribution of a shard's gradient to the gradients of its adapters (in place: the caller owns `into`, fp32).
 
-    gradient: of the loss by the merged shard, of shape `shard.shape`.
+    gradient: d loss / d merged shard, of shape `shard.shape`.
     The contributions of all shards of a weight sum up to the gradients.
     """
     for piece in shard.pieces:

@@ -1,7 +1,7 @@
 """One table per model family: how HuggingFace tensors, Megatron parameters and a server's fused parameters correspond.
 
-Everything that needs a weight's name is derived from it: loading, conversion, export, the plan of a weight sync, what is
-quantised, what is checked before a run. `shards` implements the ways to cut a weight (`split`):
+Everything that needs a weight's name is derived from this table: loading, conversion, export, the plan of a weight sync, the
+choice of quantised weights, and checks before a run. `shards` implements the ways to cut a weight (`split`):
 
     replicated  the whole tensor
     column      rows  [r n/TP, (r+1) n/TP)                     of one HF tensor
@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # it imports this module
 class Row:
     """A line of the table; `{layer}` and `{expert}` in the names stand for numbers.
 
-    megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
+    megatron: name in Megatron's local layer spec. te: name in Transformer Engine's spec, if it differs.
     hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
-    server: name of SGLang's parameter, if it is not the HF name. Rows that name the same one are stacked there in their order.
-    fp8: whether block-quantised export and sync quantise it. fp32: whether it is float32, whatever the model's dtype.
-    layers: which layers have it: all, dense (a dense MLP), moe (experts).
+    server: name of SGLang's parameter, if it is not the HF name. Rows with the same name are stacked in that parameter, in
+    order. fp8: whether block-quantised export and sync quantise it. fp32: whether it is float32, whatever the model's dtype.
+    layers: which layers have it: all, dense (layers with a dense MLP), moe (layers with experts).
     """
 
     megatron: str
@@ -51,10 +51,10 @@ class Weight:
     """A row for one layer, and one expert, of one model.
 
     megatron, te: names in the two layer specs, layers and experts counted over the whole model.
-    stored, stored_at: name in a `torch_dist` checkpoint, and leading (index, size) axes there: of the layer, of the expert.
-    hf, shapes: HF names and full shapes. server: the server's parameter; for an expert, the one of all experts of a rank. Other
-    weights may share one, too: it holds their rows, in the model's order.
-    layer, expert: numbers, None for weights outside of layers and experts.
+    stored, stored_at: name in a `torch_dist` checkpoint, and (index, size) in its leading axes: of the layer, of the expert.
+    hf, shapes: HF names and full shapes. server: the server's parameter. All experts of a rank share one. Other weights may
+    share one too: it holds their rows, in the model's order.
+    layer, expert: index of the layer and of the expert; None for weights outside of layers or experts.
     """
 
     megatron: str
@@ -120,7 +120,7 @@ _ATTENTION = (
     _row("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "HQ"}, fp8=True),
 )
 _FUSED_DOWN = "self_attn.fused_qkv_a_proj_with_mqa.weight"
-"""A server's parameter of both down-projections: the rows of the queries' above those of keys and values."""
+"""The server's parameter that stacks both down-projections: rows of the queries' projection, then of keys and values."""
 
 
 def _kv_down(server: str = "") -> Row:
@@ -215,7 +215,7 @@ _EXPERTS = (
     ),
 )
 _BIASED_ROUTER = (
-    # It decides with the scores which experts are chosen. Pretraining balances the experts with it; RL keeps it.
+    # The router adds this bias to the scores to choose experts. Pretraining uses it to balance experts; RL does not change it.
     _row("mlp.router.expert_bias", "replicated", {"mlp.gate.e_score_correction_bias": "X"}, fp32=True, layers="moe"),
 )
 _SHARED_EXPERTS = (
@@ -284,7 +284,7 @@ def _dimensions(arch: Architecture) -> dict[str, int]:
 
 
 def _stored(row: Row, arch: Architecture, layer: int | None, expert: int | None) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Name and leading axes in a `torch_dist` checkpoint, where equal layers, and a layer's experts, are one tensor.
+    """Name and leading axes in a `torch_dist` checkpoint, where one tensor holds all equal layers and all experts.
 
     Layers that differ keep their number in the name (Megatron's `non_homogeneous_layers`). Names are those of the Transformer
     Engine spec; experts have one more `experts.` than in either spec.
@@ -339,7 +339,7 @@ def _layer_weights(
 
 
 def _has(arch: Architecture, row: Row) -> bool:
-    """Whether a model has a row that not all of its family have."""
+    """Whether this model has the row; not every model of a family has all rows of its table."""
     if row in _QK_NORM:
         return arch.qk_norm
     if arch.latent is not None and (row in _QUERIES or row in _LATENT_QUERIES):
@@ -350,7 +350,7 @@ def _has(arch: Architecture, row: Row) -> bool:
 def weights_of(arch: Architecture, *, first_expert: bool = False) -> Iterator[Weight]:
     """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied).
 
-    first_expert: of the experts of a layer, whose weights differ in nothing but names and number, only the first.
+    first_expert: of each layer's experts, yield only the first; the others' weights differ only in names and number.
     """
     rows, sizes = TABLES[arch.family], _dimensions(arch)
     experts = range(arch.experts.count if arch.experts else 0)[: 1 if first_expert else None]

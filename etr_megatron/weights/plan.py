@@ -1,11 +1,11 @@
-"""Which rank sends which part of a weight to which other, from two layouts alone: pure arithmetic, the same on every rank.
+"""Plans which rank sends which part of a weight to which rank, from two layouts. Pure arithmetic, the same on every rank.
 
 plan = make_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
 for transfer in plan.pairs[(source_rank, destination_rank)]: ...
 
-What a destination needs of an HF tensor is intersected with what every source holds of it. This is computed once for all
-weights that are cut alike and reused for every layer. Boxes that are adjacent on both sides are merged. Replicas share the
-work, see `make_plan`.
+The boxes of an HF tensor that a destination needs are intersected with the boxes that every source holds. This is computed once
+for all weights that are cut alike, and reused for every layer. Boxes that are adjacent on both sides are merged. Replicas share
+the work, see `make_plan`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from etr_megatron.weights.quantize import scale_shape
 from etr_megatron.weights.shards import Piece, Shard, moved, overlap
 
 _GRAIN = 0.1
-"""Largest fraction of a replica's mean load in one transfer; then no replica sends more than 1 + this times the mean."""
+"""Largest transfer, as a fraction of a replica's mean load. It bounds every replica's load by (1 + this) x the mean."""
 
 
 class Transfer(NamedTuple):
-    """A box of `size` at `source_at` in a source rank's shard, which goes to `destination_at` in a destination rank's."""
+    """A box of `size`, sent from `source_at` in the source rank's shard to `destination_at` in the destination rank's shard."""
 
     source: int
     destination: int
@@ -85,7 +85,7 @@ def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
 
 @dataclass(frozen=True)
 class _Box:
-    """Part of the destination's distinct shard number `shard`; holders: (number of a source shard, corner there)."""
+    """A box in the destination's distinct shard number `shard`. holders: (number of a source shard, corner in it)."""
 
     shard: int
     at: Index
@@ -106,7 +106,7 @@ class _Box:
 class _Job(NamedTuple):
     """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there).
 
-    number: of the weight, in the model's order. block: see `Plan.block_of`.
+    number: position of the weight in the model's order. block: see `Plan.block_of`.
     """
 
     number: int
@@ -197,9 +197,9 @@ class _Assignment:
         self.pairs[source, job.destination].append((job.number, transfer))
 
     def share(self, ranks: tuple[int, ...], jobs: list[_Job]) -> None:
-        """Spread the boxes that exactly `ranks` hold: each goes to the least loaded rank, in parts small enough to balance.
-
-        Up to the mean, a rank that sends to the destination anyway is preferred, which keeps the number of connections low.
+        """Spread the boxes that exactly `ranks` hold over these ranks, cut into parts small enough to balance the load. A part
+        goes to the least loaded rank. Ranks that send to the destination anyway are preferred while they are below the mean
+        load, which keeps the number of connections low.
         """
         mean = sum(_box_bytes(job.box.size, self._itemsize, job.block) for job in jobs) / len(ranks)
         loads = dict.fromkeys(ranks, 0)
@@ -234,7 +234,7 @@ def make_plan(
     """Plan the transfer of all weights of `arch` between two layouts.
 
     destination_start: process of the destination's rank 0; default is the one after the source's ranks. With 0 the destination
-    shares the source's processes, and what a process holds itself is copied there. itemsize: bytes of a value that is sent
+    shares the source's processes, and a process copies what it already holds. itemsize: bytes of a value that is sent
     unquantised; loads are counted in bytes. fp8_block: quantise the weights that the map's `fp8` column marks.
 
     Of the ranks that hold the same shards, none sends more than 1.1 x their mean, if a row of each box (128 rows with FP8) is

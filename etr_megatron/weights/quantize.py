@@ -1,10 +1,10 @@
 """Block quantisation to FP8, as in checkpoints with `quant_method: fp8` and a `weight_block_size`.
 
-Every block, usually of 128 x 128 values, has its own scale, which maps the largest value of the block to the largest of e4m3.
-Stored are the scaled values and, as `weight_scale_inv`, the factors to multiply them by. The arithmetic is that of Transformer
-Engine's blockwise recipe with fp32 scales, so that a server computes with the same values as the trainer; the only difference
-is that blocks without a value above 2^-116 count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: its scales
-are up to two fp32 ulps from these, so a few codes differ.
+Every block, usually of 128 x 128 values, has its own scale, which maps the block's largest value to the largest e4m3 value. A
+checkpoint stores the scaled values and, as `weight_scale_inv`, the factors that restore them. The arithmetic is that of
+Transformer Engine's blockwise recipe with fp32 scales, so that a server computes with the same values as the trainer; the only
+difference is that blocks without a value above 2^-116 count as zeros here. Transformers' fine-grained FP8 rounds a scale twice:
+its scales are up to two fp32 ulps from these, so a few codes differ.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SCALE_SUFFIX = "_scale_inv"
-"""The name of a quantised weight with this suffix is that of its scales."""
+"""Suffix of the scales' name: it is the quantised weight's name plus this."""
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
 
 _SMALLEST = 2.0**-116
-"""A block without a larger value counts as zero: the scale or its inverse would leave fp32's normal range."""
+"""Blocks without a larger absolute value count as zero: the scale or its inverse would leave fp32's normal range."""
 
 _PANEL, _CPU_PANEL = 2**26, 2**19
 """Number of values quantised at a time: fp32 copies take a quarter of a GB on a GPU; on a CPU they stay in its cache."""
@@ -78,7 +78,7 @@ def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantize_box(quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int, begin: tuple[int, int] = (0, 0)) -> None:
-    """Dequantise what `quantize_blocks` returned: a whole matrix, or a box that need not begin or end where a block does.
+    """Dequantise a result of `quantize_blocks`: a whole matrix, or a box that need not be aligned to blocks.
 
     quantized: float8_e4m3fn [rows, cols]. scale_inv: fp32, of the blocks that the box touches. out: [rows, cols], the caller's,
     overwritten with the products, which are computed in fp32. begin: row and column of the matrix at which the box begins.
@@ -98,11 +98,11 @@ def dequantize_box(quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int
 def _to_fp32(codes: Tensor) -> Tensor:
     """float8_e4m3fn as new fp32 values.
 
-    On a CPU torch converts them one by one. Read as an fp16 with the same exponent and fraction bits, a code is its value times
-    2^-8, subnormals included, and torch converts fp16 many at a time: ten times as fast. NaN cannot be read in this way.
+    On a CPU torch converts float8 one value at a time. But a code, read as an fp16 with the same exponent and fraction bits, is
+    its value times 2^-8, subnormals included, and torch's conversion of fp16 is vectorized: ten times as fast. NaN is lost.
     """
     bits = codes.view(torch.int8)
     if codes.device.type != "cpu" or not codes.numel() or bits.max() == 0x7F or codes.view(torch.uint8).max() == 0xFF:
         return codes.float()
-    # The cast to int16 extends the sign; after the shift it fills the two uppermost bits, of which the second is cleared.
+    # The cast to int16 extends the sign. After the shift, the sign fills the two uppermost bits, and the second one is cleared.
     return ((bits.short() << 7) & ~0x4000).view(torch.float16).float().mul_(2.0**8)

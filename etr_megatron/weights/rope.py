@@ -1,6 +1,6 @@
-"""The rotary embedding of a config.json, in one form whether published or written by transformers 5.
+"""Reads the rotary embedding's parameters from a config.json, published or written by transformers 5, into one form.
 
-If a file gives it twice and differently, transformers and servers silently take one or the other: that is refused.
+A file with two contradictory values is refused, because transformers and servers would silently take one or the other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _YARN_OTHER = ("attention_factor", "attn_factor", "extrapolation_factor", "mscal
 def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = None, latent: bool = False) -> dict[str, Any]:
     """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, the parameters of their scaling.
 
-    fraction: default of `partial_rotary_factor`, which then is in the result; None for a family that has only 1. latent:
-    whether it is that of latent attention, whose YaRN has `mscale_all_dim`, a factor of the attention scale.
+    fraction: default of `partial_rotary_factor`, which is then part of the result; None for a family in which it is always 1.
+    latent: whether the model has latent attention, whose YaRN has `mscale_all_dim`, a factor of the attention scale.
 
     Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
     source: the file, for messages. Raises UserError for missing, contradictory or unsupported values.
@@ -36,14 +36,14 @@ def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = 
     rope = {"rope_type": scaling.get("rope_type", "default"), "rope_theta": _theta(config, places, source)}
     rope |= _partial(config, places, fraction, source)
     if rope["rope_type"] == "llama3":
-        if latent:  # servers take any scaling of it for yarn
+        if latent:  # servers treat any scaling of latent attention as YaRN
             raise UserError(
                 f"{source}: rope_type 'llama3' is not supported with latent attention; supported are default and yarn"
             )
         rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
     if rope["rope_type"] == "yarn":
         if rope.get("partial_rotary_factor", 1) != 1:
-            # Its factor for queries and keys concerns turned dimensions alone, and could not enter the attention scale.
+            # YaRN's factor for queries and keys applies only to rotated dimensions: it cannot enter the attention scale.
             raise UserError(
                 f"{source}: rope_type yarn turns whole heads here, not {rope['partial_rotary_factor']} of each "
                 "(partial_rotary_factor)"
@@ -77,7 +77,7 @@ def _partial(config: dict[str, Any], places: dict[str, dict[str, Any]], default:
 
 
 def _latent_scale(scaling: dict[str, Any], source: Path) -> float:
-    """`mscale_all_dim`, which must be `mscale`: cosines and sines, which their ratio scales, then are as they were."""
+    """`mscale_all_dim`, which must equal `mscale`: then their ratio, which scales cosines and sines, is 1."""
     scale, of_all = (positive_number(scaling, name, source) for name in ("mscale", "mscale_all_dim"))
     if scale != of_all:
         raise UserError(f"{source}: mscale is {scale} and mscale_all_dim {of_all}; only equal ones are supported")
@@ -106,7 +106,7 @@ def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
 
 
 def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Path) -> float:
-    """As in transformers, an object without one uses that of the config itself, or 10,000 if that has none either."""
+    """`rope_theta`. As in transformers, an object without it uses the config's own, or 10,000 if the config has none either."""
     outside = positive_number(config, "rope_theta", source, 10000.0)
     found = {name: positive_number(place, "rope_theta", source, outside) for name, place in places.items()}
     if config.get("rope_theta") is not None or not places:
@@ -118,7 +118,8 @@ def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Pa
 
 
 def _original_positions(config: dict[str, Any], scaling: dict[str, Any], source: Path) -> int:
-    """If it is also given outside of the object, SGLang prefers that one, and transformers does for one of the spellings."""
+    """`original_max_position_embeddings`. Refused if it differs from the config's own: SGLang would prefer the config's value,
+    and so would transformers for one of the two spellings."""
     name = "original_max_position_embeddings"
     inside = positive_int(scaling, name, source)
     outside = positive_int(config, name, source, inside)

@@ -1,4 +1,4 @@
-"""What a training run's checkpoint says about itself, for readers that are not the trainer."""
+"""Files and keys that describe a training run's checkpoint, for readers other than the trainer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from etr_megatron.errors import UserError
 
 LORA_FILE = "lora.json"
-"""Marks a checkpoint of adapters, and has `LowRank.as_json`."""
+"""File that marks a checkpoint of adapters; contains `LowRank.as_json`."""
 
 TRAINER_FILE = "trainer.json"
-"""Written last into a run's checkpoint: the non-tensor state and the layout it was made with."""
+"""File that is written last into a run's checkpoint: the non-tensor state, and the layout that wrote the checkpoint."""
 
 BASE_SUM = "lora_base"
 """Key of `TRAINER_FILE`: the `bit_sum` of all weights with adapters as they were before training, modulo 2**64."""
 
 BASE_DTYPE = "lora_dtype"
-"""Key of `TRAINER_FILE`: the run's `model.dtype`, in which it holds these weights, and to which merged ones are rounded."""
+"""Key of `TRAINER_FILE`: the run's `model.dtype`. The run holds these weights in it, and rounds merged weights to it."""
 
 
 def holds_adapters(path: str | Path) -> bool:
@@ -25,7 +25,7 @@ def holds_adapters(path: str | Path) -> bool:
 
 
 def refuse_adapters(path: str | Path, named: str) -> None:
-    """Raise UserError for a checkpoint of adapters where a model belongs, which the setting `named` gives."""
+    """Raise UserError if the directory is a checkpoint of adapters although the setting `named` needs a model."""
     if holds_adapters(path):
         raise UserError(
             f"{named} {path} holds adapters (LoRA) and no model; merge them with the model that they belong to first: "

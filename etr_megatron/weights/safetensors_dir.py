@@ -41,10 +41,13 @@ DTYPES = {
 class SafetensorsDir:
     """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the requested bytes.
 
-    If there is an index, a tensor is read from the file that the index names, even if other files hold one of that name.
-    Raises UserError when the directory holds no safetensors file, a truncated or broken one (naming it), a tensor of a type
-    that is not in `DTYPES`, no tensor where the index says, a tensor in two files and no index that names one of them, or two
-    checkpoints, one with an index and one without.
+    If there is an index, a tensor is read from the file that the index names, even if other files hold a tensor of that name.
+    Raises UserError in these cases:
+
+    - There is no safetensors file, or a file is truncated or broken (the message names it).
+    - A tensor has a type that is not in `DTYPES`.
+    - A tensor is not in the file that the index names, or it is in two files and no index names one of them.
+    - There are two checkpoints, one with an index and one without.
     """
 
     def __init__(self, model_dir: str | Path) -> None:

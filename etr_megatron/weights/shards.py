@@ -1,4 +1,4 @@
-"""How one weight is cut: for a rank, which box of which HF tensor is where in its shard.
+"""How a weight is cut: which boxes of which HF tensors make up a rank's shard, and where they are in it.
 
 A shard is a list of pieces. Reading a shard from a checkpoint, joining shards to full tensors, planning a transfer between two
 layouts and quantising a part of a tensor all iterate over pieces; only this module knows the split kinds of `map`.
@@ -28,7 +28,7 @@ Read = Callable[[str, Index, Index], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of an HF tensor in a shard. hf: which of the weight's HF tensors; begin: its corner there; at: in the shard."""
+    """A box of an HF tensor in a shard. hf: number of the tensor in its weight. begin: corner there. at: in the shard."""
 
     hf: int
     begin: Index
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a weight. What no piece covers (a padded vocabulary's rows) is zero."""
+    """A rank's part of a weight. Rows that no piece covers (a vocabulary's padding) are zero."""
 
     shape: Index
     pieces: tuple[Piece, ...]
@@ -83,7 +83,7 @@ def _vocab(weight: Weight, arch: Architecture, size: int, rank: int) -> Shard:
 
 
 def _plain(weight: Weight, tp: int, rank: int) -> Shard:
-    """The split kinds that Megatron and the server cut alike."""
+    """The shard for a split kind that is the same in Megatron and in the server."""
     if weight.split == "replicated":
         return _stack([_rows(weight, 0, 0, weight.shapes[0][0])])
     if weight.split == "column":
@@ -98,9 +98,9 @@ def _plain(weight: Weight, tp: int, rank: int) -> Shard:
 
 
 def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
-    """The rank's even part of all query groups stacked, each of which is its query heads, key head and value head.
+    """The rank's even part of all query groups, stacked. A query group is its query heads, its key head and its value head.
 
-    With more ranks than groups, a rank has a part of one, which may end anywhere: Megatron gathers the outputs of all ranks.
+    With more ranks than groups, a rank has a part of a group, with any boundaries: Megatron gathers the outputs of all ranks.
     """
     if arch.kv_heads % tp and tp % arch.kv_heads:
         raise ValueError(f"{arch.kv_heads} query groups cannot be split over tensor parallelism of {tp}")
@@ -120,7 +120,7 @@ def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sha
 
 
 def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
-    """The part of tensor-parallel rank `rank` of `tp` in a Megatron parameter.
+    """The shard of tensor-parallel rank `rank` of `tp` in Megatron.
 
     For an expert's weight these are the expert-tensor-parallel rank and size. Raises ValueError when `tp` does not fit.
     """
@@ -132,7 +132,7 @@ def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sh
 
 
 def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
-    """The part of tensor-parallel rank `rank` of `tp` in an SGLang parameter (for an expert: in its slot of the fused one).
+    """The shard of tensor-parallel rank `rank` of `tp` in SGLang (for an expert: its part of the slot in the fused parameter).
 
     With fewer key/value heads than ranks, neighbouring ranks hold the same head. Raises ValueError when `tp` does not fit.
     """
@@ -166,7 +166,7 @@ def overlap(begin: Index, size: Index, other_begin: Index, other_size: Index) ->
 
 
 def moved(at: Index, begin: Index, origin: Index) -> Index:
-    """The place that is as far from `at` as `begin` is from `origin`."""
+    """at + begin - origin: the position of `begin` in coordinates in which `origin` is at `at`."""
     return tuple(a + b - o for a, b, o in zip(at, begin, origin, strict=True))
 
 

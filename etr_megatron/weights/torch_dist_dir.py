@@ -1,7 +1,7 @@
-"""Reads a Megatron `torch_dist` checkpoint directory without Megatron: the tensors that it holds, and their chunks one by one.
+"""Reads the tensors of a Megatron `torch_dist` checkpoint directory without Megatron, chunk by chunk.
 
-A stored tensor is global (of all layers, of all experts); its chunks are the parts that the ranks wrote. `.metadata` says where
-each chunk is. What is stored besides the model (an optimizer, objects) is ignored.
+A stored tensor is global: it covers all layers and all experts. Its chunks are the parts that the ranks wrote, and `.metadata`
+says where each chunk is. Everything besides the model (an optimizer, objects) is ignored.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TorchDistDir(BoxSource):
             self._place_chunks(metadata.storage_data)
             if not all(isinstance(self.dtype(name), torch.dtype) for name in self._tensors):
                 raise TypeError("a tensor has no type")
-        except (AttributeError, TypeError, ValueError, LookupError) as error:  # it is a pickle, parts of which were altered
+        except (AttributeError, TypeError, ValueError, LookupError) as error:  # altered pickle
             raise UserError(f"{self.path / METADATA_FILE} is damaged ({error}); fetch the checkpoint again") from error
 
     def _place_chunks(self, storage: dict[Record, Record]) -> None:
@@ -99,7 +99,7 @@ class TorchDistDir(BoxSource):
         return self.dtype(weight.stored)
 
     def whole(self, name: str) -> Tensor:
-        """A stored tensor, new. Raises UserError for a damaged file."""
+        """A stored tensor, as a new tensor. Raises UserError for a damaged file."""
         out = torch.empty(self.shapes()[name], dtype=self.dtype(name))
         for chunk in self._chunks[name]:
             values = _open(chunk, out.dtype)
@@ -171,7 +171,7 @@ def _overlapping(chunks: Sequence[Chunk], dim: int) -> Chunk | None:
 
 
 def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
-    """A chunk's values where they are in its file, or loaded into memory if they are not dense there."""
+    """A chunk's values as a tensor in its file or, if they are not dense in the file, loaded into memory."""
     try:
         found = find_values(chunk.file, chunk.begin, chunk.length, dtype, chunk.size)
         if found is not None:

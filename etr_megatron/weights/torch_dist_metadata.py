@@ -1,7 +1,7 @@
 """Reads `.metadata` of a `torch_dist` checkpoint without the libraries that wrote it.
 
-torch's own classes take a second to import, some versions of Megatron name their own classes, and a pickle can call anything.
-So plain records stand in for all these classes, and a file that names anything else is refused.
+torch's classes take a second to import, some versions of Megatron write classes of their own, and a pickle can call arbitrary
+code. So plain records replace all these classes, and a file that names anything else is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds a tensor's values in what `torch.save` wrote of it: an uncompressed zip archive with a pickle of the layout."""
+"""Finds a tensor's values in a file of `torch.save`, which is an uncompressed zip archive with a pickle of the layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCAL_HEADER = 30
 
 
 class Slice(io.RawIOBase):
-    """`length` bytes from `begin` of a file, as a file."""
+    """A file object for `length` bytes from `begin` of another file."""
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         self._file, self._begin, self._length, self._at = file, begin, length, 0

@@ -93,7 +93,7 @@ def data(config: Config) -> Iterator[Violation]:
 
 
 def observation(config: Config) -> Iterator[Violation]:
-    """Doubts: best checkpoints that are not saved, and a profile that is not made."""
+    """Doubts: best checkpoints that would not be saved, and a profile that would not be made."""
     every, evaluated = config.checkpoint.every, config.eval.every
     if config.checkpoint.keep_best > 0 and evaluated and (not every or every % evaluated):
         yield Violation(
@@ -114,7 +114,7 @@ def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
 
 
 def _splits(config: Config) -> Iterator[Violation]:
-    """What follows an `@`, which nothing would read where there are no splits."""
+    """A split after `@` in the location of a source that has no splits, where it would be ignored."""
     for source in sources_of(config.data):
         key = f"data.{source.split}"
         if (given := sets_by_name(get(config, key))[source.name]) == source.location:
@@ -162,7 +162,7 @@ def _best(config: Config) -> Iterator[Violation]:
 
 
 def _judging(config: Config) -> list[str]:
-    """Metrics that these evaluations have, and of which more is better."""
+    """Metrics of this run's evaluations for which higher is better."""
     sets = list(config.data.eval) if isinstance(config.data.eval, dict) else []
     places = [("eval_", any(samples_of_set(config, name) > 1 for name in sets or [""]))]
     places += [(f"eval/{name}/", samples_of_set(config, name) > 1) for name in sets]
@@ -198,7 +198,7 @@ def reward(config: Config) -> Iterator[Violation]:
 
 
 def environment(config: Config) -> Iterator[Violation]:
-    """What answers the model between its turns."""
+    """The environment, which answers the model between its turns."""
     function = config.environment.function
     if function is not None and not IMPORT_PATH.fullmatch(function):
         yield Violation(("environment.function",), "must be an import path of the form package.module:function, or null")

@@ -10,7 +10,7 @@ from etr_megatron.config.rules.violation import Violation
 from etr_megatron.config.schema import Config, SglangConfig
 
 MOST_STOP_STRINGS = 32
-"""Of a request (`sampling/sampling_params.py` of SGLang 0.5.21)."""
+"""Maximum number of stop strings in a request (`sampling/sampling_params.py` of SGLang 0.5.21)."""
 
 
 def rollout(config: Config) -> Iterator[Violation]:
@@ -107,7 +107,7 @@ SET_BY_THE_JOB = {
 """Server arguments on which the job and its weight sync rely -> the key that sets them."""
 
 _MOVES_EXPERTS = ("--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts")
-"""Arguments that place experts by other than their index, possibly without changing parameter shapes."""
+"""Arguments with which experts are not placed by their index; parameter shapes may be the same."""
 
 
 def sglang(config: Config) -> Iterator[Violation]:

@@ -12,14 +12,14 @@ class DataConfig:
 
     train: dict[str, str] | str = "arithmetic"
     """`arithmetic`; a .jsonl or .parquet file; or a hub dataset, by name (`name` or `name:config`) or as a local directory. A
-    name may end in a split, as `name@split`. Several sets have names: `{gsm8k: a.jsonl, math: b.parquet}`; an epoch has every
-    problem of each set once."""
+    name may end in a split, as `name@split`. For several sets, give a mapping from names: `{gsm8k: a.jsonl, math: b.parquet}`;
+    an epoch has every problem of each set once."""
     train_split: str = "train"
-    """Split of the hub datasets of `train` that name none."""
+    """Split of hub datasets in `train` that are given without `@split`."""
     eval: dict[str, str] | str | None = "arithmetic"
     """Held-out problems, given like `train`; null is none."""
     eval_split: str = "test"
-    """Split of the hub datasets of `eval` that name none."""
+    """Split of hub datasets in `eval` that are given without `@split`."""
     prompt_column: tuple[str, ...] | str = "question"
     """Column with the problem: text, or a list of chat messages that ends with the user's. `outer.inner` is a field of a
     nested column. Of several names, such as `[question, problem]`, the first that the data has is used."""
@@ -73,7 +73,7 @@ class EnvironmentConfig:
     reply, as text, a message or a list of messages (dicts of `role` and `content`), or None, which ends the response. It may
     be an `async def`. A call that raises or returns anything else ends the response. null: a response is a single turn."""
     max_turns: int = 8
-    """Most turns of the model. A response that would go on after them counts as truncated (finish reason `length`)."""
+    """Maximum turns of the model. A response that would continue after them counts as truncated (finish reason `length`)."""
     role: str = "user"
     """Role of a reply that is returned as text: `user`, `tool`, or another one of the tokenizer's chat template."""
     workers: int = 8

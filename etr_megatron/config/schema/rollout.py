@@ -29,8 +29,8 @@ class RolloutConfig:
     generation_config.json: `["<|im_end|>"]`, for a base model that is prompted by a chat template. They stay in the response;
     the reward function sees those that are not special tokens."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a turn of the model, also in evaluations, wherever they begin and end in its tokens: `["</search>"]`. The
-    response keeps the text, and the token in which it ends."""
+    """Texts that end a turn of the model, also in evaluations: `["</search>"]`. They need not begin or end at token boundaries.
+    The response keeps the text, and the whole token in which it ends."""
     batch_samples: int = 64
     """Responses that the embedded engine decodes together. Batches are formed before they are spread over ranks, so results do
     not depend on the layout."""
@@ -83,7 +83,7 @@ class SglangConfig:
     mem_fraction: float | None = None
     """Fraction of a GPU's memory for weights and KV cache; null is SGLang's default."""
     context_length: int | None = None
-    """Most tokens of a prompt and its response together; null is the model's context length."""
+    """Maximum tokens of a prompt and its response together; null is the model's context length."""
     fp8: bool = False
     """Serve matrices in FP8 with 128 x 128 blocks; every weight sync quantises them."""
     devices: tuple[str, ...] = ()
@@ -116,16 +116,15 @@ class SglangConfig:
     """Weight syncs between probes, the first sync included; 0 is never. In a probe, each server generates a few tokens, whose
     log-probs must match the trainer's within ten times `rollout.max_logprob_gap` (at most 2 nats if that allows less)."""
     concurrency: int = 128
-    """Most requests in flight per server."""
+    """Maximum requests in flight per server."""
     bucket_mib: int = 512
     """Size of a weight sync's buckets. The files of `disk` have 1 GiB."""
     startup_timeout_s: float | None = None
     """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
     compiles DeepGEMM's kernels."""
     request_timeout_s: float = 1800.0
-    """Time in which a server that has requests (with a router, all servers) completes no response, after which it has failed.
-    So it must exceed the generation of one response, but not the wait for others in the server's queue. A single response may
-    take ten times as long."""
+    """If a server that has requests (with a router: all servers) completes no response for this time, it has failed. So this
+    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

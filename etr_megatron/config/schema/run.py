@@ -26,8 +26,8 @@ class RunConfig:
     ranks wait as long as it gives signs of life."""
     stop_grace_s: float = 25.0
     """Seconds from SIGTERM in which the run must stop, save and end with the state `requeue`; a rank that takes longer ends
-    without saving, and the state is `requeue` all the same. Allow for a training phase and a checkpoint; 0 ends at once.
-    torchrun kills its ranks 30 s after SIGTERM unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set, as the launcher does."""
+    without saving, and the state is still `requeue`. Allow for a training phase and a checkpoint; 0 ends at once. torchrun
+    kills its ranks 30 s after SIGTERM unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set, as the launcher does."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvalConfig:
     every: int = 10
     """Steps between evaluations. The run also evaluates before the first and after the last step; 0 is never."""
     problems: int = 128
-    """Most problems used of each set of `data.eval`."""
+    """Maximum number of problems used from each set of `data.eval`."""
     samples: dict[str, int] | int = 1
     """Responses per problem, of all sets or by set: `{aime24: 32, math500: 4}`, 1 for a set that is not named. `eval_accuracy`
     is the share of correct responses (avg@k), which have the reward `reward.range_max`; with more than one response,
@@ -63,9 +63,9 @@ class CheckpointConfig:
     keep_best: int = 0
     """Number of best checkpoints to keep as well, of steps that were evaluated (`eval.every`)."""
     best_by: str = "eval_accuracy"
-    """Metric of which the best checkpoints have most; between equal ones `eval_reward_mean` decides. It is `eval_accuracy`,
-    `eval_reward_mean`, `eval_pass_at_k`, `eval_reward/NAME` of a number that `reward.function` returns, or one of these of a
-    held-out set, as in `eval/aime24/accuracy`."""
+    """Metric by which checkpoints are compared: higher is better, and `eval_reward_mean` breaks ties. `eval_accuracy`,
+    `eval_reward_mean`, `eval_pass_at_k`, `eval_reward/NAME` for a number that `reward.function` returns, or one of these for a
+    single held-out set, such as `eval/aime24/accuracy`."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 

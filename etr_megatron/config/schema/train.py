@@ -51,11 +51,11 @@ class TrainConfig:
     """Keep the optimizer state in CPU memory, and update there (CUDA only)."""
     offload_for_rollout: bool = False
     """While colocated servers have the GPUs, keep the optimizer state in CPU memory and free the gradients' buffers, so that
-    `sglang.mem_fraction` can be larger. Needs `distributed_optimizer`; of a float32 model less leaves the GPU."""
+    `sglang.mem_fraction` can be larger. Needs `distributed_optimizer`; with a float32 model, less memory is freed."""
     moe_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss of experts, averaged over tokens (models with experts); 0 is off."""
     moe_router_fp32: bool = False
-    """Compute the router's matrix product in float32, whatever the model's type (models with experts). It always is for
+    """Compute the router's matrix product in float32, whatever the model's type (models with experts). Always the case for
     GLM-4.5, GLM-4.7-Flash and DeepSeek-V3."""
     routing_replay: bool = False
     """Train every token with the experts that the engine chose for it (Rollout Routing Replay, arXiv 2510.11370; models with

@@ -1,4 +1,4 @@
-"""What all transports have in common: roles, begin and end, and errors that reach every rank."""
+"""The base of all transports: roles, the begin and end of a sync, and errors that reach every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 class Wanted(NamedTuple):
-    """What a shard must be. filled: rows from the top that are not padding. dtype: None allows any but FP8."""
+    """Requirements for a shard. filled: leading rows that are not padding. dtype: None allows any dtype except FP8."""
 
     shape: tuple[int, ...]
     filled: int
@@ -26,7 +26,7 @@ class Wanted(NamedTuple):
 
 
 def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, Wanted]:
-    """A rank's shards by name, see `Shards`. fp8_block: of a quantised destination."""
+    """The shards that a rank must have, by name, see `Shards`. fp8_block: block size of a quantised destination, else None."""
     found: dict[str, Wanted] = {}
     for weight, shard in shards_of(placement, arch, rank):
         filled = shard.shape[0] if weight.split != "vocab" else sum(piece.size[0] for piece in shard.pieces)
@@ -39,7 +39,7 @@ def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block
 
 
 def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], given: Shards | None) -> None:
-    """Raises ValueError for shards on a rank without the role, or naming all that are missing or of another shape or type."""
+    """Raise ValueError for shards on a rank without the role, or naming all that are missing or of wrong shape or dtype."""
     if rank is None and given:
         raise ValueError(f"shards were given for a {role}, which this rank is not")
     problems = []
@@ -56,7 +56,7 @@ def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], give
 
 
 def _let_go(error: BaseException) -> None:
-    """Clear the frames of an error's traceback: messages under way in them would keep gloo's connections open."""
+    """Clear the frames of an error's traceback: they refer to unfinished messages, which would keep gloo's connections open."""
     found: BaseException | None = error
     while found is not None:
         traceback.clear_frames(found.__traceback__)
@@ -66,12 +66,11 @@ def _let_go(error: BaseException) -> None:
 class Transport:
     """Brings weights from training ranks to ranks, servers or files that use them. One object per rank; `sync` is a collective.
 
-    The source's ranks are those of the wire from 0 on, the destination's (None: it has none) those from `start` on; fp8_block:
-    of a quantised destination. Raises ValueError when the wire has another number of ranks.
-
-    complete: the version that all ranks have confirmed; None before the first one, and from a sync's beginning to its end. So
-    it is None after a sync that failed in between, which leaves a mixture of versions.
-
+    The source's ranks are the wire's ranks from 0 on. The destination's ranks are the wire's ranks from `start` on (None: the
+    destination has no ranks). fp8_block: block size of a quantised destination. Raises ValueError when the wire has another
+    number of ranks.
+    complete: the version that all ranks have confirmed. It is None before the first sync and during a sync. It stays None after
+    a sync that failed midway, because the destination then has a mixture of versions.
     Buffers: `sources` are read and `destinations` are written in place between call and return of `sync`; both belong to the
     caller, before and after. The transport owns its buckets and keeps them for the next sync.
     """
@@ -100,7 +99,7 @@ class Transport:
 
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
-        """Transfer one version. A rank passes its shards for the role, or both roles, that the layouts give it.
+        """Transfer one version. A rank passes its shards for each role that the layouts give it: source, destination or both.
 
         Returns when every rank has confirmed that it has everything. Raises SyncError naming the ranks that are missing or
         failed, or the tensors whose checksums differ; the transport cannot be used after it.
@@ -134,7 +133,7 @@ class Transport:
         self.complete = version
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
-        """Fill the destinations, except for a vocabulary's padding."""
+        """Fill the destinations, except for the padding rows of a vocabulary."""
         raise NotImplementedError
 
     def close(self) -> None:

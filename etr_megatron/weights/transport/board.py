@@ -1,7 +1,7 @@
-"""A notice board for the ranks of a sync, on a key-value store: which have arrived, which have failed and why.
+"""The status of a sync's ranks on a key-value store: which ranks have arrived, and which have failed and why.
 
-A collective that fails reports at best that a connection is gone. The board shows which rank is at fault: every rank records
-its phase, and one that gives up records the reason.
+A failed collective reports at best that a connection is gone. The board shows which rank is at fault: every rank records its
+phase, and a rank that gives up records the reason.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from contextlib import suppress
 import torch.distributed as dist
 
 _SHORTEST_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
-"""A waiting rank polls the board at intervals that grow, so that it notices a change late by a fifth of its wait at most."""
+"""Poll intervals of a waiting rank: shortest, longest, growth factor. It notices a change at most 1/5 of its wait late."""
 
 _GRACE_S = 3.0
-"""How long a failing rank waits for others, whose deadlines are at about the same time, to record that they are there."""
+"""Seconds that a failing rank waits for others to record their presence: their deadlines are at about the same time."""
 
 
 class SyncError(RuntimeError):
@@ -24,7 +24,7 @@ class SyncError(RuntimeError):
 
 
 class Board:
-    """Messages between `world` ranks on `store`. timeout_s: of a meeting, and of the transfers after it.
+    """Messages between `world` ranks on `store`. timeout_s: time limit of a meeting, and of the transfers after it.
 
     After a SyncError the ranks no longer agree on their phase: the board refuses further use.
     """
@@ -40,7 +40,7 @@ class Board:
         self._broken: str | None = None
 
     def start(self, version: int) -> None:
-        """Start a new sync, which begins with a meeting. Raises SyncError if one has failed on this board before."""
+        """Start a new sync, which begins with a meeting. Raises SyncError if a sync has failed on this board before."""
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
@@ -53,14 +53,14 @@ class Board:
         return f"{self._sync}/{name}" + ("" if rank is None else f"/{rank}")
 
     def meet(self, phase: str) -> None:
-        """Wait until all ranks reach this phase of the sync. Raises SyncError naming those that do not, or that failed."""
+        """Wait until all ranks reach this phase of the sync. Raises SyncError naming ranks that are missing or failed."""
         self._arrive(phase)
         self._await([self._key(phase, rank) for rank in range(self.world)], self.timeout_s)
 
     def follow_rank0(self, phase: str, timeout_s: float) -> None:
-        """Reach this phase; the others wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
+        """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
 
-        So what rank 0 does alone between two phases does not count against the timeout of the others' transfers.
+        So time that rank 0 spends alone between two phases does not count against the timeout of the other ranks' transfers.
         """
         self._arrive(phase)
         self._await([self._key(phase, 0)], timeout_s)
@@ -76,7 +76,7 @@ class Board:
         pause = _SHORTEST_POLL_S
         # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check(keys):
-            # A rank that failed after the meeting had attended it: then all pass, and agree on whether the sync has begun.
+            # A rank that failed after this meeting attended it. So all ranks pass, and agree on whether the sync has begun.
             late = self.left() <= 0
             if (late or self.has_failed()) and not self._store.check(keys):
                 raise self.fail("")
@@ -98,9 +98,9 @@ class Board:
             raise self.fail("")
 
     def report(self, reason: str = "", *, lost: int | None = None) -> None:
-        """Tell the others that this rank gives up: for a reason of its own, or because its connection to rank `lost` is gone.
+        """Tell the other ranks that this rank gives up: for its own `reason`, or because its connection to rank `lost` is gone.
 
-        Only the first report counts. Without either argument, the rank has only waited for others.
+        Only the first report counts. Without arguments, the rank gives up because it has waited too long for others.
         """
         if self._broken is None:
             self._broken = reason or f"waited {self._patience:g} s at the {self._phase}"
@@ -109,7 +109,7 @@ class Board:
                 self._store.set(self._key("failed"), "")
 
     def fail(self, reason: str) -> SyncError:
-        """`report` and `failure` in one. reason: empty if this rank has only waited for others."""
+        """`report`, then return `failure`. reason: empty if this rank has only waited for others."""
         self.report(reason)
         return self.failure()
 
@@ -123,7 +123,7 @@ class Board:
         return SyncError(f"rank {self.rank}: {self._broken}")
 
     def _blame(self) -> str:
-        """Ranks that reported a reason of their own; else the silent ones whose connection was lost, or that did not come."""
+        """Ranks that reported a reason of their own; if there are none, silent ranks, disconnected or never arrived."""
         grace = time.monotonic() + _GRACE_S
         while True:
             texts = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}

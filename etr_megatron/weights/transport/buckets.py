@@ -1,8 +1,8 @@
-"""Buckets of bounded size: which part of which transfer is at which byte of which message, the same on both sides.
+"""Packs transfers into buckets of bounded size. Sender and receiver compute the same layout of transfers in messages.
 
-Small tensors are packed into one flat message; those with larger elements come first, so no alignment is needed and every byte
-is payload. A large tensor is a message of its own: on a side where it is contiguous, it is sent from, or received into, the
-shard itself and never copied.
+Small tensors are packed into one flat message. Tensors with larger elements come first, so that no padding for alignment is
+needed. A large tensor is a message of its own: on a side where it is contiguous, it is sent from, or received into, the shard
+itself and never copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALONE_BYTES = 1 << 18
 """Tensors of at least this size are messages of their own."""
 
 Shards = Mapping[str, Tensor]
-"""A rank's shards by `Weight.megatron`; for a quantised destination the scales as well, under name + SCALE_SUFFIX."""
+"""A rank's shards by `Weight.megatron`. A quantised destination also has the scales, under name + SCALE_SUFFIX."""
 
 
 _ALIGNMENT = 64
@@ -68,7 +68,7 @@ def _rows(transfer: Transfer, first: int, rows: int) -> Transfer:
 
 
 def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -> Iterator[list[Transfer]]:
-    """Fill one bucket of `limit` bytes after the other; a row (or row of blocks) that is larger gets a bucket of its own."""
+    """Split transfers into buckets of `limit` bytes, in order. A row (or row of blocks) that is larger gets its own bucket."""
     filling: list[Transfer] = []
     space = limit
     for whole in transfers:
@@ -90,7 +90,7 @@ def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -
 
 
 def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, limit: int) -> list[Bucket]:
-    """The transfers of one pair of ranks, in buckets of at most about `limit` bytes. dtype: of what is sent unquantised."""
+    """The transfers of one pair of ranks, in buckets of at most about `limit` bytes. dtype: of unquantised values."""
     buckets = []
     for parts in _cut(plan, transfers, dtype.itemsize, limit):
         tensors: list[tuple[Transfer, bool, torch.dtype, Index]] = []
@@ -114,19 +114,19 @@ def _place(tensors: Sequence[tuple[Transfer, bool, torch.dtype, Index]]) -> Buck
             offset += slot.nbytes
     end = offset
     for number, slot in enumerate(alone):
-        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is in memory only and not sent
+        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is not sent
         alone[number] = slot._replace(offset=end)
         end += slot.nbytes
     return Bucket(tuple(packed), tuple(alone), offset, end)
 
 
 def source_box(transfer: Transfer, shards: Shards) -> Tensor:
-    """A view of what a transfer takes from a source's shard."""
+    """A view of the part of a source's shard that a transfer sends."""
     return box(shards[transfer.weight.megatron], transfer.source_at, transfer.size)
 
 
 def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
-    """A view of what a transfer fills in a destination's shard, or in its scales if `scales_block` is given."""
+    """A view of the part of a destination's shard, or of its scales if `scales_block` is given, that a transfer fills."""
     name, at = transfer.weight.megatron, transfer.destination_at
     if scales_block is None:
         return box(shards[name], at, transfer.size)
@@ -134,7 +134,7 @@ def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None
 
 
 def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
-    """The bytes of a slot in the shard itself, if it is there exactly as it is sent; else None."""
+    """The bytes of a slot in the shard itself, if the shard holds them exactly as they are sent; else None."""
     if not sending:
         tensor = destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).detach()
     elif plan.block_of(slot.transfer.weight) is None:
@@ -170,7 +170,7 @@ def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.
     Values to be quantised are cast first as well, so that their bits do not depend on the transport or the source's own dtype.
     """
     quantised: dict[tuple[str, Index], Tensor] = {}
-    # Scales come before their values, whose quantised form is then kept until their turn.
+    # Scales have an earlier slot than their values. Quantising yields both, so the values are kept until their slot.
     for slot in _copied(plan, bucket, flat, shards, sending=True):
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
@@ -193,7 +193,7 @@ def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
 
 @torch.no_grad()
 def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
-    """A transfer within a process, with the values that another process would have received; see `pack`."""
+    """Do a transfer within a process. The values are those that another process would receive; see `pack`."""
     values = source_box(transfer, sources).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:
         values, scales = quantize_blocks(values, block)

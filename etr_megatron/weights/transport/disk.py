@@ -1,8 +1,9 @@
-"""Weights through a directory, as `/update_weights_from_disk` of a server takes them.
+"""Sends weights through a directory that a server's `/update_weights_from_disk` reads.
 
-DIR/version_000007 holds safetensors files with their index, and version.json. It appears under that name atomically, complete
-and on disk; while it is being written it is DIR/.version_000007.unfinished. When a version is written again, the old one is
-renamed to DIR/.version_000007.replaced while the new one takes its name: after a crash in between, the next sync restores it.
+DIR/version_000007 holds safetensors files with their index, and version.json. While it is being written its name is
+DIR/.version_000007.unfinished; it is renamed once it is complete and on disk. When a version is written again, the old
+directory is first renamed to DIR/.version_000007.replaced. If the job crashes before the new one has the name, the next sync
+restores it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VERSION_FILE = "version.json"
 """{"version": number, "run": text}"""
 
 KEEP = 2
-"""Number of complete versions that stay, the last ones published."""
+"""Number of complete versions to keep, the last ones published."""
 
 _REPLACED = ".replaced"
 
@@ -46,7 +47,7 @@ def version_directory(directory: str | Path, version: int) -> Path:
 
 
 def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
-    """Weight (`Weight.megatron`) -> the rank that writes it: the least loaded of those that hold a part of it."""
+    """Weight (`Weight.megatron`) -> the rank that writes it: the least loaded of the ranks that hold a part of it."""
     loads = [0] * source.world
     owners = {}
     for weight in weights_of(arch):
@@ -60,12 +61,12 @@ def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
 class DiskWriter(Transport):
     """See `Transport`; all ranks of the source write, each its share of the full tensors. The wire has exactly those ranks.
 
-    directory: on a file system that all of them and the readers share. run: distinguishes the versions of this run from those
-    that an earlier one left in the directory, which are removed. file_bytes: bound of a file (or the largest weight), two of
-    which a rank has in memory. The other arguments are those of `ShardedTransport` and `make_plan`.
+    directory: on a file system that these ranks and the readers share. run: identifies this run's versions; versions that
+    another run left in the directory are removed. file_bytes: bound of a file (or the largest weight); a rank has two files in
+    memory. The other arguments are those of `ShardedTransport` and `make_plan`.
 
-    Rank 0 decides: a sync that fails before all have written leaves no version behind. One that fails while the others wait for
-    rank 0's answer raises, although the complete version may exist.
+    Rank 0 publishes a version. A sync that fails before all ranks have written leaves no version behind. A sync that fails
+    while the other ranks wait for rank 0's answer raises on them, although the complete version may exist.
     """
 
     def __init__(
@@ -112,9 +113,9 @@ class DiskWriter(Transport):
         """Rank 0 removes what was written; the others do not know whether it was published."""
         board = self.wire.board
         if self.wire.rank == 0:
-            if not isinstance(error, SyncError):  # or the others would take their missing directory for the cause
+            if not isinstance(error, SyncError):  # else the others would blame their missing directory
                 board.report(f"{type(error).__name__}: {error}")
-            # Renamed first: the others may be about to write one more file into it.
+            # Rename before removing: other ranks may be about to write one more file into it.
             abandoned = unfinished.with_suffix(".abandoned")
             with suppress(FileNotFoundError):
                 os.rename(unfinished, abandoned)
@@ -124,7 +125,7 @@ class DiskWriter(Transport):
             board.refuse_failed()
 
     def _write_files(self, folder: Path, sources: Shards) -> dict[str, str]:
-        """Returns tensor -> file of this rank; a file is gathered while the previous one is written."""
+        """Write this rank's files; returns tensor -> file. A file is gathered while the previous one is written."""
         written: dict[str, str] = {}
         with ThreadPoolExecutor(1) as disk:
             writing = disk.submit(lambda: None)
@@ -140,7 +141,7 @@ class DiskWriter(Transport):
         return written
 
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
-        """HF name -> CPU tensor of this rank's file of that number; None if it only helps to gather the others' files."""
+        """HF name -> CPU tensor for this rank's file `number`; None if it only sends shards for others' files."""
         if number >= len(self._own):
             self._gather.run(number, sources, None)
             return None
@@ -150,7 +151,7 @@ class DiskWriter(Transport):
         return {field.name: field.view(flat).cpu() for field in group.tensors}
 
     def _publish(self, version: int, own: Mapping[str, str], unfinished: Path, final: Path) -> None:
-        """Rank 0 merges the lists of what all have written and gives the directory its name."""
+        """Rank 0 merges all ranks' lists of written tensors into the index and renames the directory to its final name."""
         part = unfinished / f".rank{self.wire.rank}.json"
         part.write_text(json.dumps(own))
         self.wire.board.meet("written")
@@ -175,15 +176,15 @@ class DiskWriter(Transport):
         _remove([*self.directory.glob(f".version_*{_REPLACED}"), *self._outdated(final)])
 
     def _bring_back(self) -> None:
-        """Restore versions that were set aside for a replacement that has not come."""
+        """Restore versions that were renamed for a replacement that was never published."""
         for aside in self.directory.glob(f".version_*{_REPLACED}"):
-            with suppress(OSError):  # a newer version has the name
+            with suppress(OSError):  # the replacement has the name
                 os.rename(aside, self.directory / aside.name[1:].removesuffix(_REPLACED))
 
     def _outdated(self, published: Path) -> list[Path]:
         """Versions of other runs, and all but the last `KEEP` that this run published.
 
-        The last ones need not have the largest numbers: a run that goes back writes smaller ones.
+        The last ones need not have the largest numbers: a run that resumes from an older checkpoint writes smaller numbers.
         """
         runs = {folder: _run_of(folder) for folder in self.directory.glob("version_*")}
         own = [folder for folder, run in runs.items() if run == self._run and folder != published]
@@ -198,7 +199,7 @@ class DiskWriter(Transport):
 
 
 def _run_of(version: Path) -> str | None:
-    """The run that has written a version; None if its file is missing, or disappears meanwhile, as old versions do."""
+    """The run that wrote a version; None if the version's file is missing, as when an old version is removed meanwhile."""
     try:
         return json.loads((version / VERSION_FILE).read_text()).get("run")
     except (OSError, ValueError):

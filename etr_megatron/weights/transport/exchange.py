@@ -1,8 +1,8 @@
 """Exchanges the buckets of a plan between ranks, in rounds.
 
-Messages between two ranks are buckets. All ranks work through rounds: in round n every pair exchanges its bucket n. A rank only
-ever waits for messages of its own round, and the rank that is furthest behind waits for nobody, so there is no deadlock. While
-a round is sent, the next one is packed and the previous one is unpacked.
+Messages between two ranks are buckets. All ranks work through rounds: in round n every pair exchanges its bucket n. A rank
+waits only for messages of its own round, and the rank that is furthest behind waits for no other, so there is no deadlock.
+While a round is sent, the next one is packed and the previous one is unpacked.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from etr_megatron.weights.transport.buckets import Bucket, Shards, buckets_of, c
 from etr_megatron.weights.transport.wire import Message, Wire
 
 SMALLEST_BUCKET = 1 << 20
-"""The bound of a pair's buckets is at least this, however many pairs there are."""
+"""Minimum of the size limit of a pair's buckets, however many pairs there are."""
 
 Memory = dict[tuple[bool, int, int], Tensor]
-"""(sending, peer, parity of the round) -> uint8 buffer; exchanges that follow each other may share it."""
+"""(sending, peer, parity of the round) -> uint8 buffer; exchanges that run one after the other may share it."""
 
 
 class Exchange:
-    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without any meeting."""
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`."""
 
     def __init__(self, plan: Plan, wire: Wire, *, dtype: torch.dtype, bucket_bytes: int, memory: Memory | None = None) -> None:
         self.plan, self.wire, self.dtype = plan, wire, dtype
@@ -92,7 +92,7 @@ class Exchange:
         return self.wire.exchange(of_all(self._outgoing, sources, True), of_all(self._incoming, destinations, False))
 
     def _buffer(self, sending: bool, peer: int, number: int) -> Tensor:
-        """Memory for bucket `number` of a peer: one of two, so that a round is sent while its neighbours are worked on."""
+        """Memory for bucket `number` of a peer. There are two: one is sent while the other is packed or unpacked."""
         key = sending, peer, number % 2
         size = max(bucket.nbytes for bucket in (self._outgoing if sending else self._incoming)[peer])
         if key not in self._memory or self._memory[key].numel() < size:

@@ -9,8 +9,8 @@ How it is loaded: a worker's `update_weights_from_tensor` finds `load_format` am
 imports it by that path (so this package must be importable in the server's environment) and calls it with the live model and
 with the tensors of its own rank. Module state outlives the call and keeps the open connection.
 
-After a failed sync the connection is dropped. The next offer opens a new one, for which the training ranks need a new transport
-and a new store too: others may still read from the old one why the sync failed.
+After a failed sync the connection is dropped, and the next offer opens a new one. For it the training ranks need a new
+transport and also a new store, because other ranks may still read the reason of the failure from the old store.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ MESSAGE_NAME = "etr_megatron.sync_offer"
 """Name of the tiny tensor that carries an offer."""
 
 _OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved", "use_flashinfer_trtllm_moe")
-"""Flags of a layer or its `quant_method` for fused experts that are not gate above up, although their shapes are the same."""
+"""Flags of a layer or its `quant_method` which say that fused experts do not have gate above up. Shapes do not show this."""
 
 
 class MisfitError(ValueError):
-    """A worker's parameters are not those of an offer."""
+    """A worker's parameters do not match an offer."""
 
 
 def refusal_key(rank: int) -> str:
-    """Key in process 0's store for the reason why a rank of the destination refuses the weights."""
+    """Key in process 0's store under which a rank of the destination records why it refuses the weights."""
     return f"refused/{rank}"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """All that a worker needs for a sync. address, port: of the store of the training ranks' process 0.
+    """Everything that a worker needs for a sync. address, port: of the store in the training ranks' process 0.
 
-    rank: the worker's rank in the destination. The rest is what the training ranks pass to `make_plan`, `Wire` and
-    `ShardedTransport`; all must be the same everywhere.
+    rank: the worker's rank in the destination. The other fields are arguments of `make_plan`, `Wire` and `ShardedTransport`;
+    they must be the same on the training ranks and all workers.
     """
 
     version: int
@@ -146,8 +146,8 @@ class Offer:
 
 
 def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
-    """A worker's parameters by `Weight.megatron`, as views: an expert's is its slot in the fused parameter, those of other
-    weights that share one are their rows.
+    """A worker's parameters by `Weight.megatron`, as views: for an expert, its slot in the fused parameter; for a weight that
+    shares a parameter with others, its rows.
 
     Raises MisfitError naming the parameters that the server does not have, or has in another shape.
     """
@@ -182,7 +182,7 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
 
 
 def refuse_other_orders(model: Any) -> None:
-    """Raise MisfitError if a layer of the worker's keeps the rows of its experts in another order."""
+    """Raise MisfitError if a layer of the worker's model stores the rows of its experts in another order."""
     for name, module in model.named_modules():
         for order in _OWN_ORDERS:
             if getattr(module, order, False) or getattr(getattr(module, "quant_method", None), order, False):
@@ -193,15 +193,15 @@ def refuse_other_orders(model: Any) -> None:
 
 
 _open: dict[str, ShardedTransport] = {}
-"""The transport in use, by its offer without the version: one at a time."""
+"""The open transport, by its offer without the version; at most one."""
 
 
 def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """`receive`, as SGLang calls a custom weight loader: an exception raised here ends the worker.
 
-    So a sync that did not complete is only logged, as the training ranks know of it, and parameters that do not match the offer
-    are reported to them. The worker survives, after an incomplete sync with a mixture of two versions, and must get a complete
-    one before it serves. Other errors are raised.
+    So it raises neither of two errors. A sync that did not complete is logged; the training ranks know of it. The worker then
+    has a mixture of two versions, and must get a complete one before it serves. Parameters that do not match the offer are
+    reported to the training ranks. Other errors are raised.
     """
     named = dict(named_tensors)
     try:
@@ -215,7 +215,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 @torch.no_grad()
 def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Receive a version into the parameters of a worker's `model`, and renew what the model derives from them.
+    """Receive a version into the parameters of a worker's `model`, and recompute what the model derives from them.
 
     tensors: only the tiny one. Raises ValueError for another message, MisfitError for parameters that do not match the
     offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions.
@@ -238,5 +238,5 @@ def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
         _open.pop(key).close()  # the next offer opens a new one, even at the same address
         raise
     if offer.arch.latent is not None:
-        # A worker computes with matrices derived from kv_b_proj; after a custom loader, SGLang does not renew them.
+        # A worker computes with matrices derived from kv_b_proj; after a custom loader, SGLang does not recompute them.
         model.post_load_weights()

@@ -15,9 +15,9 @@ from etr_megatron.weights.transport.wire import Wire
 class ShardedTransport(Transport):
     """See `Transport`. The wire's ranks are the plan's processes.
 
-    dtype: of what is sent unquantised, the same on all ranks; shards of another are cast. bucket_bytes: bound of the buckets
-    that a rank keeps in each direction, of which there are two sets (at least 1 MiB per peer). checksums: compare every
-    destination piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
+    dtype: of values that are sent unquantised, the same on all ranks; shards of another dtype are cast. bucket_bytes: bound of
+    the buckets that a rank keeps in each direction; there are two sets of them (at least 1 MiB per peer). checksums: compare
+    every destination piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checks that what arrived is what its source holds."""
+"""Checks that the weights at the destinations equal those at the sources."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
 
 
 def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
-    """Checksum of a piece as a destination holds it. dtype: of what is sent unquantised."""
+    """Checksum of a piece as a destination holds it. dtype: of values that are sent unquantised."""
     values = destination_box(transfer, shards)
     if (block := plan.block_of(transfer.weight)) is not None:
         return checksum(values) ^ checksum(destination_box(transfer, shards, block))
@@ -56,7 +56,7 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
 
 
 def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
-    """Checksum of a piece as its source sends it. dtype: of unquantised values; the others are rounded to it first."""
+    """Checksum of a piece as its source sends it. dtype: of unquantised values; others are rounded to it first."""
     values = source_box(transfer, shards).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:
         values, scales = quantize_blocks(values, block)

@@ -21,7 +21,7 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 class Field(NamedTuple):
-    """A tensor in a flat bucket. name: of an HF tensor or, in `Group.shards`, of a weight (with SCALE_SUFFIX: its scales)."""
+    """A tensor in a flat bucket. name: the HF tensor's or, in `Group.shards`, the weight's name (scales: + SCALE_SUFFIX)."""
 
     name: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Field(NamedTuple):
 
 
 class Group:
-    """Weights whose full tensors make one flat bucket of `nbytes`; those with larger elements come first.
+    """Weights whose full tensors form one flat bucket of `nbytes`; tensors with larger elements come first.
 
     shards: per weight, its HF tensors stacked (`whole_shard`). tensors: the HF tensors one by one, at the same bytes; the
     scales of `X.weight` are `X.weight_scale_inv`.
@@ -56,7 +56,7 @@ class Group:
             self._add(weight, scales_block, kind)
 
     def _add(self, weight: Weight, scales_block: int | None, dtype: torch.dtype) -> None:
-        """The weight's tensors, or where `scales_block` is given their scales."""
+        """Add the weight's tensors or, if `scales_block` is given, their scales."""
         suffix, start = "" if scales_block is None else SCALE_SUFFIX, self.nbytes
         shapes = [shape if scales_block is None else scale_shape(shape, scales_block) for shape in weight.shapes]
         for name, shape in zip(weight.hf, shapes, strict=True):
@@ -84,8 +84,8 @@ class Group:
 
 
 def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
-    """Weights in order, in groups of at most `limit` bytes, or of one that is larger. Those that share a server's parameter
-    count as one, at the place of the first: a server fuses what comes in one request, and drops a part that comes alone."""
+    """Weights in order, in groups of at most `limit` bytes, or of one larger weight. Weights that share a parameter of the
+    server stay together, at the position of the first: a server fuses the parts in one request, and drops single ones."""
     units: dict[str, list[Weight]] = {}
     for weight in weights:
         units.setdefault(weight.server if weight.expert is None else weight.megatron, []).append(weight)
@@ -102,10 +102,10 @@ def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | No
 
 
 class Gather:
-    """Gathers groups of weights on their owners, whole and unquantised; only what an owner lacks is sent.
+    """Gathers groups of weights on their owners, whole and unquantised. Only parts that an owner does not hold are sent.
 
-    groups: groups[number] are those that `run(number)` gathers together, each on an owner of its own. `run` is a collective of
-    the source's ranks.
+    groups: groups[number] are the groups that `run(number)` gathers at the same time, each on its own owner. `run` is a
+    collective of the source's ranks.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ Message = tuple[Tensor, int]
 
 
 class Part(NamedTuple):
-    """A subset of a wire's ranks. group: None on the others."""
+    """A subset of a wire's ranks. group: their process group; None on ranks outside the subset."""
 
     ranks: tuple[int, ...]
     group: Any
@@ -55,18 +55,18 @@ class Wire:
         self._parts: list[Any] = []
         self._group = self._open("group", rank, world)
         # A rank that gives up right after it has connected would break connections that others are still making. They would
-        # report these, not the rank and its reason.
+        # report a broken connection instead of the rank and its reason.
         self.board.meet("connection")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
-        # NCCL waits there for rank 0 in a thread of its own, which must not keep this one from the board.
+        # NCCL waits on the store for rank 0, in its own thread. On a shared connection, this thread could not use the board.
         store = own_connection(self._store) if self._backend == "nccl" else self._store
         group = None
         try:
             group = _open_group(self._backend, dist.PrefixStore(name, store), rank, world, self.board.timeout_s)
             if self._backend == "nccl":
-                # NCCL connects at the first message, in which all ranks must take part; a bucket may concern only some of them.
+                # NCCL connects at the first message, and all ranks must take part in it; a bucket may concern only some ranks.
                 first = [torch.zeros(1, device=self.device)]
                 self._finish(self._launch(lambda: group.allreduce(first)))
         except (TimeoutError, RuntimeError) as error:
@@ -82,7 +82,7 @@ class Wire:
         return cls(named, dist.get_rank(), dist.get_world_size(), backend=backend, timeout_s=timeout_s)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
-        """Post messages, which must be posted on both sides in the same order; returns what to `wait` for."""
+        """Post messages, which both sides must post in the same order; returns handles for `wait`."""
         self.bytes_sent += sum(tensor.nbytes for tensor, _ in sends)
         if self._backend == "nccl":
             return self._exchange_as_one(sends, receives)
@@ -127,16 +127,16 @@ class Wire:
         return [(root, self._guard(root, lambda: self._launch(lambda: part.group.broadcast([tensor], options))))]
 
     def wait(self, works: Sequence[tuple[int, Any]]) -> None:
-        """Wait until these messages are through; raises SyncError naming the missing ranks when the sync's deadline is over."""
+        """Wait until these messages are complete. After the sync's deadline, raises SyncError naming the missing ranks."""
         for other, work in works:
             self._guard(other, lambda work=work: self._finish(work))
 
     def _launch(self, post: Callable[[], Any]) -> Any:
         """`post()`. Raises TimeoutError at the deadline, or when another rank has given up.
 
-        NCCL connects two ranks at the first operation that needs it. The call then blocks until both are there, without a
-        deadline: after an error its thread is left behind. (torch could form groups that do not block, but has one deadline for
-        all groups of a process, and holds a lock meanwhile that `abort` waits for.)
+        NCCL connects two ranks at the first operation between them. The call blocks until both ranks take part, without a
+        deadline. So it runs in a thread, which is abandoned after an error. (torch's nonblocking mode is no alternative: it has
+        one deadline for all groups of a process, and holds a lock that `abort` waits for.)
         """
         if self._backend != "nccl":
             return post()
@@ -146,7 +146,7 @@ class Wire:
         def run() -> None:
             try:
                 if stream is not None:
-                    # And its device: both are a thread's own. Set back, they would open a context on the first GPU.
+                    # Also sets the device; both are per thread. Resetting them would open a context on the first GPU.
                     torch.cuda.set_stream(stream)
                 found.set_result(post())
             except Exception as error:
@@ -180,10 +180,10 @@ class Wire:
             raise self.board.failure() from error
 
     def close(self) -> None:
-        """Drop the connections, so that nobody waits for this rank until the deadline. Holders of parts must drop these too.
+        """Drop the connections, so that no rank waits for this one until the deadline. Holders of a `Part` must drop it too.
 
-        The board and its store live as long as this object: other ranks may still have to read there why the sync failed, or
-        that it has ended, and a server's worker may do so much later.
+        The board and its store live as long as this object. Other ranks may still read from it why the sync failed, or that it
+        has ended; a server's worker may do so much later.
         """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
         self._abort(groups)
@@ -200,7 +200,7 @@ def _device_of(backend: str) -> torch.device:
 
 
 def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> Any:
-    """A process group outside of torch.distributed's registry, in which a server's worker has its own world."""
+    """A process group outside of torch.distributed's registry, because a server's worker already has its own world there."""
     timeout = datetime.timedelta(seconds=timeout_s)
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
