@@ -86,7 +86,7 @@ class Ending:
 
     def _told(self) -> None:
         """SIGTERM has arrived. Called in StopRequest's thread, like `_out_of_time`."""
-        loss = self._attendance.told()
+        loss = self._attendance.check_after_sigterm()
         if loss is None:
             return
         with self._lock:

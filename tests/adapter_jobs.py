@@ -26,7 +26,7 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], fact
     policy.optimizer.reload_model_params()
     policy.adapters.merge()
     merged = {name: tensor.clone() for name, tensor in policy.export()}
-    with policy.adapters.left_out():
+    with policy.adapters.disabled():
         base = {name: tensor.clone() for name, tensor in policy.export()}
     restored = {name: tensor.clone() for name, tensor in policy.export()}
     policy.update(replace(make_batch(sequences), old_logp=tuple(old_logp)))

@@ -67,7 +67,7 @@ def test_that_the_job_was_told_to_stop_is_remembered_without_the_store():
     store, own = Store(), RankProcess.own()
     ranks = [Attendance(store, rank, [own, own]) for rank in range(2)]
     ranks[0].stop()
-    assert ranks[1].told() is None
+    assert ranks[1].check_after_sigterm() is None
     store.is_gone = True
     assert ranks[1].is_stopped
 
@@ -94,12 +94,12 @@ def test_of_the_ranks_of_a_machine_that_are_told_to_stop_the_first_calls_the_rol
     store, own = dist.HashStore(), RankProcess.own()
     ranks = [Attendance(store, rank, [own, own, AWAY]) for rank in range(2)]
     lost = "rank 2 (pid 7 on far) gave no answer within 1 s"
-    assert [one.told() for one in ranks] == [lost, lost]
+    assert [one.check_after_sigterm() for one in ranks] == [lost, lost]
     assert store.add("calls", 0) == 1 and not ranks[0].is_stopped
     store = dist.HashStore()
     ranks = [Attendance(store, rank, [own, own, AWAY]) for rank in range(2)]
     away = Attendance(store, 2, [AWAY, AWAY, own])
-    assert [one.told() for one in ranks] == [None, None]
+    assert [one.check_after_sigterm() for one in ranks] == [None, None]
     assert store.add("calls", 0) == 1 and away.is_stopped
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_is_told_alone_calls_it_itself():
     store, own = dist.HashStore(), RankProcess.own()
     second = Attendance(store, 1, [own, own, AWAY])
     away = Attendance(store, 2, [AWAY, AWAY, own])
-    assert second.told() is None and away.is_stopped
+    assert second.check_after_sigterm() is None and away.is_stopped
 
 
 class Broken:

@@ -140,7 +140,7 @@ def test_what_a_fleet_has_little_of_is_spread_over_it_once_its_prompt_is_known_t
     dispatch, servers = dispatch_of("p" * 16, 64), ["a", "b", "c", "d"]
     assert Counter(order.server for order in begin(dispatch, servers)) == {"a": 4}
     assert dispatch.unproved == ["p"] and dispatch.waits
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     assert Counter(order.server for order in begin(dispatch, servers)) == {"b": 4, "c": 4, "d": 4}
     assert dispatch.unproved == [] and not dispatch.waits
 
@@ -149,7 +149,7 @@ def test_with_fewer_prompts_than_servers_all_have_the_same_and_a_prompt_has_no_m
     dispatch, servers = dispatch_of("".join(prompt * 16 for prompt in "pqr"), 64), [f"s{number}" for number in range(6)]
     found = begin(dispatch, servers)
     for prompt in "pqr":
-        dispatch.is_harmless(prompt)
+        dispatch.mark_harmless(prompt)
     found += begin(dispatch, servers)
     homes = Counter(("pqr"[order.key // 16], order.server) for order in found)
     assert len(found) == 48 and len(homes) == 6  # two each
@@ -160,7 +160,7 @@ def test_where_all_have_their_share_each_prompt_stays_at_its_server():
     prompts, servers = [chr(200 + number) for number in range(32)], [f"s{number}" for number in range(8)]
     dispatch = dispatch_of("".join(prompt * 16 for prompt in prompts), 128)
     for prompt in prompts:
-        dispatch.is_harmless(prompt)
+        dispatch.mark_harmless(prompt)
     found = begin(dispatch, servers)
     assert len({(order.key // 16, order.server) for order in found}) == 32
     assert Counter(order.server for order in found) == dict.fromkeys(servers, 64)
@@ -174,7 +174,7 @@ def test_where_all_have_their_share_each_prompt_stays_at_its_server():
 
 def test_a_free_place_is_not_left_to_a_prompt_whose_homes_are_full():
     dispatch = dispatch_of("ppppppqq", 3)
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     assert [order[:2] for order in begin(dispatch, ["a", "b"])] == [(0, "a"), (1, "a"), (2, "a"), (6, "b"), (7, "b"), (3, "b")]
     end(dispatch, 0)
     end(dispatch, 6)
@@ -222,7 +222,7 @@ def test_a_further_turn_does_not_wait_for_a_server_that_is_lost_meanwhile():
 
 def test_a_prompt_that_a_server_died_with_is_at_one_server_at_a_time_until_it_is_answered():
     dispatch, servers = dispatch_of("pppp", 8), ["a", "b"]
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     assert [order.server for order in begin(dispatch, servers)] == ["a", "a", "b", "b"]
     for key in (0, 1):
         dispatch.suspect("p", "a")
@@ -231,7 +231,7 @@ def test_a_prompt_that_a_server_died_with_is_at_one_server_at_a_time_until_it_is
     # Those at b go on, and do not keep the others from being tested.
     assert begin(dispatch, ["b", "c", "d"]) == [Order(0, "c", True)]
     assert dispatch.end_test(survived=True) == [] and dispatch.deaths == {"p": 1}
-    dispatch.is_harmless("p")  # not while its death is not explained
+    dispatch.mark_harmless("p")  # not while its death is not explained
     assert [order[:2] for order in begin(dispatch, ["b", "c", "d"])] == [] and dispatch.unproved == []
     end(dispatch, 2)
     assert {order.server for order in begin(dispatch, ["b", "c", "d"])} == {"c", "d"} and dispatch.deaths == {}
@@ -239,13 +239,13 @@ def test_a_prompt_that_a_server_died_with_is_at_one_server_at_a_time_until_it_is
 
 def test_behind_a_router_a_prompt_has_one_home_whatever_its_share():
     dispatch = dispatch_of("ppppp", 4)
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     assert [order.server for order in begin(dispatch, routed=True)] == ["a"] * 4 and dispatch.waits
 
 
 def test_nothing_is_remembered_of_requests_that_have_ended():
     dispatch, servers = dispatch_of("p" * 9 + "qr", 2), ["a", "b"]
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     for key in range(20, 24):
         dispatch.add(key, "q", cached_at="b", first=True)
     dispatch.withdraw([8, 23])
@@ -280,7 +280,7 @@ def test_dialogues_come_before_other_requests_that_wait_for_the_server():
 def test_dialogues_of_a_group_that_all_had_a_turn_go_on_at_their_servers():
     dispatch = dispatch_of("pppppppp", concurrency=4)
     first = begin(dispatch, ["a", "b"])
-    dispatch.is_harmless("p")
+    dispatch.mark_harmless("p")
     orders = first + begin(dispatch, ["a", "b"])
     assert Counter(order.server for order in orders) == {"a": 4, "b": 4}
     for order in orders:
@@ -348,7 +348,7 @@ class RandomFleet:
         for prompt in self.dispatch.unproved:
             if (self.late or prompt not in self.lethal) and self.rng.random() < 0.5:
                 self.harmless.add(prompt)
-                self.dispatch.is_harmless(prompt)
+                self.dispatch.mark_harmless(prompt)
         for order in [*orders, *begin(self.dispatch, self.serving, spare_last=spare_last)]:
             assert not order.is_test or not any(one.server == order.server for one in self.under_way.values())
             prompt = self.left[order.key]

@@ -145,9 +145,9 @@ class RunDirectory:
                 for path in missing:
                     with suppress(OSError):  # not created, or already in use by another process
                         path.rmdir()
-        self._refuse_what_is_anothers()
+        self._refuse_other_users_files()
 
-    def _refuse_what_is_anothers(self) -> None:
+    def _refuse_other_users_files(self) -> None:
         """Refuse files that another user, or root in a container, has left in a world-writable directory: the run would fail
         later, at the step that needs them, such as the first checkpoint."""
         for folder in (

@@ -58,7 +58,7 @@ class Cluster:
         return -(-self.gpus // self.gpus_per_node)
 
     @property
-    def whence_ranks(self) -> str:
+    def origin_of_ranks(self) -> str:
         """How the number of ranks follows from the GPUs and the servers, as part of a sentence."""
         if self.ranks == self.gpus:
             return f"all {self.gpus} GPUs"

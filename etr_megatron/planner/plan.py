@@ -128,7 +128,7 @@ def make_plan(
     try:
         config = resolve(config, cluster.ranks, cuda=True)
     except InvalidConfigError as error:
-        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.whence_ranks})") from None
+        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.origin_of_ranks})") from None
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
     work = workload_of(config, cluster, prompt, response)

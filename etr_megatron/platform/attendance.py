@@ -99,7 +99,7 @@ class Attendance:
         self._is_stopped = self._is_stopped or self._read("stopped") is not None
         return self._is_stopped
 
-    def told(self) -> str | None:
+    def check_after_sigterm(self) -> str | None:
         """Call it when this rank is asked to stop. Calls `stop` if all ranks are alive, else returns what `loss` found.
 
         All ranks may be asked at once. Then only the first rank of each machine calls the roll; the others wait for its result.

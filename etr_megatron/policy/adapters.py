@@ -210,7 +210,7 @@ class PolicyAdapters:
         return [one.sharded_state_dict(f"{ADAPTERS}.") for one in self._of_chunks]
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Context in which all weights have their values from the start of training."""
         for one in self._of_chunks:
             one.restore()

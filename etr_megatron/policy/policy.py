@@ -146,7 +146,7 @@ class Policy:
             tensors, options = self._head_inputs(chunks[-1], hidden, batch)
             return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
 
-        weights = self.adapters.left_out() if reference and self.adapters else nullcontext()
+        weights = self.adapters.disabled() if reference and self.adapters else nullcontext()
         with torch.no_grad(), weights, self._replaying(micro, routing):
             found = run_schedule(chunks, micro, collect, forward_only=True)
         sizes = [one.rows for one in whole]

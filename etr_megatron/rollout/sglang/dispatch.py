@@ -86,7 +86,7 @@ class Dispatch:
         self._counts[prompt] += 1
         if cached_at:
             self._cached_at[key] = cached_at
-            self.is_harmless(prompt)  # a complete turn of it exists
+            self.mark_harmless(prompt)  # a complete turn of it exists
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
@@ -180,9 +180,9 @@ class Dispatch:
         """A response to the prompt is complete: forget its deaths, unless it has become suspect meanwhile."""
         if prompt not in self._suspects:
             self.deaths.pop(prompt, None)
-            self.is_harmless(prompt)
+            self.mark_harmless(prompt)
 
-    def is_harmless(self, prompt: str) -> None:
+    def mark_harmless(self, prompt: str) -> None:
         """Let the prompt have several homes, unless a server has died with it since the last complete response to it. Forgotten
         when the prompt's last request ends."""
         if prompt in self._counts and prompt not in self.deaths:

@@ -209,7 +209,7 @@ class RequestStream:
             await asyncio.sleep(_HARMLESS_S)
             at = [one.client for one in self._running.values() if self._problem_of(one.key) == problem]
             if at and await at[0].is_healthy(_ABORT_TIMEOUT_S) and at[0].name not in self._fleet.failed:
-                self._dispatch.is_harmless(problem)
+                self._dispatch.mark_harmless(problem)
         except Exception as error:  # a bug, which would recur
             self._tell(error)
             return
