@@ -76,6 +76,8 @@ class Ending:
             loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
             if loss is not None and str(error) and str(error) in loss:
                 loss = None  # All ranks raise the same error, as for work of rank 0. The first note blames no rank.
+            if loss is not None and self._attendance.speaks:
+                logger.error("%s", loss)  # what follows on the terminal is the library's error on this rank
             after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
             self._end("failed", self._done(), f"{after}{error}")
             raise

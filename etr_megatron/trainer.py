@@ -229,8 +229,7 @@ class Trainer:
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
             if self._recorder is not None and not batch.weight.any():
-                why = "cut off (objective.mask_truncated) or ended by a failed call of environment.function"
-                logger.warning("step %d: nothing to train on, as all responses were %s", self.step, why)
+                logger.warning("step %d: nothing to train on, as all responses were %s", self.step, _why_untrained(groups))
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
                 with nullcontext() if updates else self._profiled():
@@ -374,3 +373,10 @@ class Trainer:
                 print(f"{self._directory.root}: continues after step {self.step}")
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)
+
+
+def _why_untrained(groups: list[Group]) -> str:
+    """Why the loss leaves out all samples, as part of a sentence."""
+    failed = [sample.call_failed for group in groups for sample in group.samples]
+    reasons = [] if all(failed) else ["cut off (objective.mask_truncated)"]
+    return " or ".join(reasons + ["ended by a failed call of environment.function"] * any(failed))

@@ -358,3 +358,10 @@ def test_load_tokenizer_round_trips_text(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("Größe: 12 + 7")) == "Größe: 12 + 7"
+
+
+def test_a_directory_with_a_broken_file_is_told_with_what_is_wrong_in_it(tmp_path, tokenizer):
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+1?" "answer": "2"}\n')
+    with pytest.raises(UserError, match=r"data\.train: dataset '.*' \(split 'train'\) could not be loaded \(.*JSON") as told:
+        opened(str(tmp_path), tokenizer)
+    assert "error occurred while generating" not in str(told.value)

@@ -213,4 +213,6 @@ def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
 
 
 def _first_line(error: Exception) -> str:
+    while "error occurred while generating" in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # `datasets` only says that there was an error
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -190,7 +190,7 @@ class RunDirectory:
         changes = _changed_keys(_read_config(self.config_file), to_dict(config))
         if changes:
             said = "; ".join(f"{key} ({change})" for key, change in changes.items())
-            logger.warning("%s: resumed with settings that differ from its last start: %s", self.root, said)
+            logger.warning("%s: resuming with settings that differ from its last start: %s", self.root, said)
         return list(changes)
 
     @path_errors()
