@@ -1,4 +1,4 @@
-"""An environment: a calculator that the model calls in Qwen's way, `<tool_call>{"name": ..., "arguments": ...}</tool_call>`.
+"""An environment: a calculator that the model calls in Qwen's format, `<tool_call>{"name": ..., "arguments": ...}</tool_call>`.
 
 environment.function=examples.calculator:reply environment.role=tool data.tools=examples/calculator.json
 """
@@ -27,13 +27,13 @@ _MOST_DIGITS = 300
 
 
 def reply(messages: list[dict[str, str]], answer: str, columns: dict[str, Any]) -> list[dict[str, str]] | None:
-    """A message for every call in the model's turn; None if there is none: then the turn is the answer."""
+    """Return a message for every call in the model's turn; None if the turn has no call, because it is then the answer."""
     calls = _CALL.findall(messages[-1]["content"])
     return [{"role": "tool", "content": _result(call)} for call in calls] or None
 
 
 def _result(call: str) -> str:
-    """The result, or what is wrong with the call: the model reads it, so a mistake of its own must not raise."""
+    """Return the result, or an error text for the model to read: a mistake of the model must not raise an exception."""
     try:
         expression = json.loads(call)["arguments"]["expression"]
         return str(_value(ast.parse(expression.strip(), mode="eval").body))

@@ -3,12 +3,12 @@
 #
 #   bash examples/torchrun_node.sh NODES PROCESSES_PER_NODE HEAD[:PORT] CONFIG [key=value ...]
 #
-# PROCESSES_PER_NODE is the number of GPUs of a node, less those of servers beside its ranks. torchrun must be on the PATH:
+# PROCESSES_PER_NODE is the number of GPUs of a node, minus the GPUs of servers on the same node. torchrun must be on the PATH:
 # source .venv/bin/activate first, or start this in the container.
 #
 # A lost node can be started again with this command, up to ETR_RESTARTS (3) times. The other nodes wait for it, and all
 # continue from the last checkpoint. SIGTERM on any node saves the run and ends it on all nodes. ETR_STOP_GRACE_S is the time
-# for this, in seconds; a phase and a checkpoint must fit into it. Without it, run.stop_grace_s applies, up to 60.
+# limit for this, in seconds; it must cover a phase and a checkpoint. If it is not set, run.stop_grace_s applies, up to 60.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
@@ -24,7 +24,7 @@ processes=$2
 head=$3
 shift 3
 case $head in *:*) ;; *) head=$head:29500 ;; esac
-# torchrun announces its store only in the first round; a node that comes back would wait for it in vain. So use one per round.
+# torchrun announces its store only in the first round, so a restarted node would wait for it forever. Use one store per round.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 if [ -n "${ETR_STOP_GRACE_S:-}" ]; then
