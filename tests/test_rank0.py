@@ -26,12 +26,12 @@ import torch.distributed as dist
 from etr_megatron.rollout import rank0
 from tests.hang import collectives_within
 case, port, outputs = sys.argv[1], int(sys.argv[2]), [int(output) for output in sys.argv[4:]]
-rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[3])
+rank0.BEAT_S, rank0.SILENCE_S, rank0.LATE_S = 0.2, float(sys.argv[3]), float(sys.argv[3]) + 1
 rank = int(os.fork() == 0)  # one process has imported everything for both
 os.dup2(outputs[rank], 1)
 for output in outputs:
     os.close(output)
-store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
+store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case in ("stops", "absent") else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
 if case == "left":  # by the ranks of an earlier start, whose store this is
@@ -66,6 +66,10 @@ try:
         rank0.on_rank0_until_stopped(lambda anywhere: print("stop" if anywhere() else "go on"), lambda: False)
     if rank:
         store.set("waits", "")
+    if case == "absent":
+        rank0.on_rank0(lambda: None, long=True)  # makes the connection, in which both take part
+        if not rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
     with collectives_within(2) if rank and case in ("long", "short", "left") else contextlib.nullcontext():
         print(rank0.on_rank0(body, long=case != "short"))
     print(rank0.on_rank0(lambda: "again", long=True), flush=True)
@@ -78,7 +82,7 @@ os._exit(0)
 
 
 def run_ranks(case: str, silence_s: float = 300) -> list[str]:
-    """The output of rank 0 and rank 1; in case "stops", only of rank 1."""
+    """The output of rank 0 and rank 1; if rank 0 stops, only of rank 1."""
     pipes = [os.pipe() for _ in range(2)]
     outputs = [write for _, write in pipes]
     with reserved_port() as port, os.fdopen(pipes[0][0]) as first, os.fdopen(pipes[1][0]) as second:
@@ -87,7 +91,7 @@ def run_ranks(case: str, silence_s: float = 300) -> list[str]:
         for output in outputs:
             os.close(output)
         try:
-            return [second.read()] if case == "stops" else [first.read(), second.read()]
+            return [second.read()] if case in ("stops", "absent") else [first.read(), second.read()]
         finally:
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
@@ -109,8 +113,9 @@ def test_an_error_of_rank_0_is_every_ranks():
 
 
 @pytest.mark.slow
-def test_a_rank_0_that_stops_without_a_word_is_named():
-    assert run_ranks("stops", silence_s=6) == ["TimeoutError: rank 1: rank 0 has given no sign of life for 6 s\n"]
+@pytest.mark.parametrize(("case", "seconds"), [("stops", 6), ("absent", 7)])  # it may come later than it may be silent
+def test_a_rank_0_that_stops_without_a_word_is_named(case, seconds):
+    assert run_ranks(case, silence_s=6) == [f"TimeoutError: rank 1: rank 0 has given no sign of life for {seconds} s\n"]
 
 
 def test_rank_0_learns_while_it_works_that_another_rank_must_stop():

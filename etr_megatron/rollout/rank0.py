@@ -138,6 +138,8 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
         yield
         return
 
+    store.add("beats", 1)  # it has begun
+
     def beat(done: threading.Event) -> None:
         while not done.wait(BEAT_S):
             store.add("beats", 1)
