@@ -42,7 +42,7 @@ def assert_dialogues(taken, **limits) -> None:
 
 
 @pytest.fixture
-def without_pump(monkeypatch):
+def without_background(monkeypatch):
     monkeypatch.setattr(BackgroundLoop, "start", lambda self: None)
 
 
@@ -60,7 +60,7 @@ def redone(monkeypatch):
     return found
 
 
-def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_sync_none(without_pump):
+def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_sync_none(without_background):
     engine, environment = Talker(), Environment()
     hand = hand_of(engine, environment=environment, prompts=3, max_response_tokens=256, **AHEAD)
     hand.take(1, timer)
@@ -106,7 +106,7 @@ def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice
 
 
 @pytest.mark.parametrize("partial", [True, False], ids=["cut off", "waited for"])
-def test_a_pause_leaves_replies_under_way_and_a_resume_asks_for_nothing_again(partial, without_pump):
+def test_a_pause_leaves_replies_under_way_and_a_resume_asks_for_nothing_again(partial, without_background):
     environment = Environment()
     engine = Talker(beside=50)
     hand = hand_of(engine, environment=environment, max_staleness=2, partial=partial)
@@ -128,7 +128,7 @@ def test_a_pause_leaves_replies_under_way_and_a_resume_asks_for_nothing_again(pa
     assert set(first.values()) == {1}
 
 
-def test_a_resume_submits_once_what_was_cut_off_in_a_later_turn(without_pump):
+def test_a_resume_submits_once_what_was_cut_off_in_a_later_turn(without_background):
     engine = Talker(beside=1)
     hand = hand_of(engine, environment=Environment(), max_staleness=2, partial=True)
     hand.take(1, timer)
@@ -143,7 +143,7 @@ def test_a_resume_submits_once_what_was_cut_off_in_a_later_turn(without_pump):
     assert new == [(name, one.index, one.response_ids.tolist(), one.turn_begin) for name, one in cut]
 
 
-def test_what_the_engine_could_not_answer_is_drawn_after_the_sync_and_nothing_is_waited_for_in_vain(without_pump):
+def test_what_the_engine_could_not_answer_is_drawn_after_the_sync_and_nothing_is_waited_for_in_vain(without_background):
     engine = Talker()
     hand = hand_of(engine, environment=Environment(), **AHEAD)
     hand.take(1, timer)
@@ -158,7 +158,7 @@ def test_what_the_engine_could_not_answer_is_drawn_after_the_sync_and_nothing_is
     assert not hand._under_way and not hand._replying
 
 
-def test_a_late_reply_to_a_response_that_is_drawn_anew_is_ignored(without_pump, redone):
+def test_a_late_reply_to_a_response_that_is_drawn_anew_is_ignored(without_background, redone):
     """The reply may come before the response that is drawn anew asks for its own, or after."""
     environment, engine = Environment(), Talker(beside=50)
     hand = hand_of(engine, environment=environment, **AHEAD)
@@ -208,7 +208,7 @@ def test_a_step_takes_what_is_ready_while_a_reply_is_late_and_no_token_gets_too_
     hand.close()
 
 
-def test_a_group_that_is_given_up_is_asked_for_no_further_replies(without_pump):
+def test_a_group_that_is_given_up_is_asked_for_no_further_replies(without_background):
     environment = Environment(slow=lambda number: True)
     hand = hand_of(Talker(), environment=environment)
     hand._ask(1, 4)
@@ -226,7 +226,7 @@ def test_a_group_that_is_given_up_is_asked_for_no_further_replies(without_pump):
 
 
 @pytest.mark.parametrize("progress", range(12))
-def test_a_run_that_is_resumed_has_the_responses_of_an_undisturbed_one(progress, without_pump):
+def test_a_run_that_is_resumed_has_the_responses_of_an_undisturbed_one(progress, without_background):
     def delay():
         return rng.randrange(4)
 
@@ -258,7 +258,7 @@ def states_of(hand: Hand) -> set[str]:
     return found
 
 
-def test_checkpoints_are_resumed_with_responses_in_every_state(without_pump):
+def test_checkpoints_are_resumed_with_responses_in_every_state(without_background):
     seen, rng = set(), random.Random(3)
     for progress in range(30):
         hand = hand_of(Talker(), environment=Environment(lambda: rng.randrange(4)), **AHEAD)
@@ -273,7 +273,7 @@ def test_checkpoints_are_resumed_with_responses_in_every_state(without_pump):
     assert seen == {one + after for one in ("drawing", "replying", "waiting") for after in ("", " after a reply")}
 
 
-def test_a_checkpoint_from_before_there_were_environments_is_resumed(without_pump):
+def test_a_checkpoint_from_before_there_were_environments_is_resumed(without_background):
     engine = Talker(beside=2)
     hand = hand_of(engine, **AHEAD)
     hand.take(1, timer)
@@ -286,7 +286,7 @@ def test_a_checkpoint_from_before_there_were_environments_is_resumed(without_pum
     assert names(again.take(2, timer)) == names(hand.take(2, timer))
 
 
-def test_a_checkpoint_with_responses_that_wait_for_a_reply_is_refused_without_an_environment(without_pump):
+def test_a_checkpoint_with_responses_that_wait_for_a_reply_is_refused_without_an_environment(without_background):
     hand = hand_of(Talker(beside=50), environment=Environment(slow=lambda number: number > 3), **AHEAD)
     hand.take(1, timer)
     hand.pause()
@@ -297,7 +297,7 @@ def test_a_checkpoint_with_responses_that_wait_for_a_reply_is_refused_without_an
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_when_all_calls_fail_the_run_ends_and_a_restart_asks_again(step, without_pump):
+def test_when_all_calls_fail_the_run_ends_and_a_restart_asks_again(step, without_background):
     environment, engine = Environment(), Talker(beside=50)
     hand = hand_of(engine, environment=environment, **AHEAD)
     if step == 2:
@@ -314,7 +314,7 @@ def test_when_all_calls_fail_the_run_ends_and_a_restart_asks_again(step, without
     assert_dialogues(taken)
 
 
-def test_a_checkpoint_that_is_saved_before_the_failures_are_noticed_asks_again_too(without_pump):
+def test_a_checkpoint_that_is_saved_before_the_failures_are_noticed_asks_again_too(without_background):
     """If the step before it was saved, a run that ends saves no other checkpoint."""
     environment, engine = Environment(), Talker(beside=50)
     hand = hand_of(engine, environment=environment, **AHEAD)
@@ -332,7 +332,7 @@ def test_a_checkpoint_that_is_saved_before_the_failures_are_noticed_asks_again_t
     assert_dialogues(resumed(hand, again, Environment(), state, **AHEAD).take(2, timer))
 
 
-def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_pump):
+def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_background):
     environment = Environment(broken=lambda number: "error" if number == 2 else "timeout" if number == 3 else "")
     hand = hand_of(Talker(), environment=environment)
     with caplog.at_level(logging.WARNING):
@@ -345,7 +345,7 @@ def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_p
     assert not any(one["finish_reason"] == "turn" for held in state["in_hand"] for one in held["group"]["samples"])
 
 
-def test_the_reply_after_the_last_step_of_a_response_is_asked_for_and_no_further_one(without_pump):
+def test_the_reply_after_the_last_step_of_a_response_is_asked_for_and_no_further_one(without_background):
     environment = Environment()
     taken = hand_of(Talker(), environment=environment).take(1, timer)
     turns = Counter(answer for answer, _ in environment.asked)

@@ -170,7 +170,7 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking
-            return slow, fleet.failed, fleet._pulse._looking
+            return slow, fleet.failed, fleet._liveness._looking
 
     found, failed, looking = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:2]]

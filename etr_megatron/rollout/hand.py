@@ -106,7 +106,7 @@ class Hand:
         taken = self._choose(step)
         if step < self._config.run.steps:
             self._ask(step + 1, ahead)
-        self._start_pump()
+        self._start_background()
         return taken
 
     def put_back(self, step: int) -> None:
@@ -135,7 +135,7 @@ class Hand:
             held.servers.clear()  # the weight sync emptied the servers' caches
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
-        self._start_pump()
+        self._start_background()
 
     def state_dict(self) -> dict[str, Any]:
         """All pending groups. After a restart, tokens that the engine had not returned are drawn again, and replies of the
@@ -175,7 +175,7 @@ class Hand:
         with suppress(Exception):  # the run has ended
             self._background.stop()
 
-    def _start_pump(self) -> None:
+    def _start_background(self) -> None:
         if self._dialogues is not None and self._config.rollout.max_staleness:
             self._background.start()
 
