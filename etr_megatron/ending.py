@@ -53,9 +53,7 @@ class Ending:
         except Exception as error:
             if self._is_over:
                 raise
-            self._attendance.leave(_said(error))
-            if self._is_preempted():
-                raise self._requeue_after(error) from error
+            self._leave(error)
             raise
 
     def run(self, train: Callable[[], None], trained: Callable[[], int]) -> None:
@@ -70,9 +68,7 @@ class Ending:
             self._end_as_requeue(error, self._done())
             raise
         except Exception as error:
-            self._attendance.leave(_said(error))
-            if self._is_preempted():
-                raise self._requeue_after(error) from error
+            self._leave(error)
             loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
             if loss is not None and str(error) and str(error) in loss:
                 loss = None  # All ranks raise the same error, as for work of rank 0. The first note blames no rank.
@@ -103,6 +99,12 @@ class Ending:
         error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")
         report_user_error(self._requeued or self._requeue_after(error))
         return REQUEUE_EXIT
+
+    def _leave(self, error: Exception) -> None:
+        """Note that this rank ends with the error. Raises RequeueError instead if the job was asked to stop before."""
+        self._attendance.leave(_said(error))
+        if self._is_preempted():
+            raise self._requeue_after(error) from error
 
     def _is_preempted(self) -> bool:
         if self._stop():

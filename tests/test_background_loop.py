@@ -13,6 +13,7 @@ from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError, hand
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.hand import Hand
+from etr_megatron.rollout.sampler import Rollouts
 from tests.hands import Environment, Talker, assert_dialogue, hand_of, sync, through_disk, timer
 
 LONG_S = 60.0
@@ -257,6 +258,17 @@ def test_at_any_moment_a_checkpoint_is_of_one_moment(alone):
         again.close()
 
 
+def ended_alone(engine: Guarded, environment: Environment, error: Exception) -> tuple[Hand, Rollouts]:
+    """A hand whose background loop has ended with the engine's error after step 1, and that step's groups."""
+    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
+    engine.gate.clear()
+    taken = ours.take(1, timer)
+    engine.error = error
+    engine.gate.set()
+    until(lambda: not loops())
+    return ours, taken
+
+
 ERRORS = [EngineGoneError("no server is left"), NeedsSyncError("the last one"), RefusedError("too long")]
 
 
@@ -264,12 +276,7 @@ ERRORS = [EngineGoneError("no server is left"), NeedsSyncError("the last one"), 
 @pytest.mark.parametrize("before", ["", "state_dict", "pause"])
 def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it(error, before, alone):
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
-    engine.gate.clear()
-    ours.take(1, timer)
-    engine.error = error
-    engine.gate.set()
-    until(lambda: not loops())
+    ours, _ = ended_alone(engine, environment, error)
     environment.slow = lambda number: False
     if before == "state_dict":
         state = ours.state_dict()
@@ -293,12 +300,7 @@ NAMED = [EngineGoneError("no server is left"), UngradedError("fix it"), RuntimeE
 def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone):
     """A run that ends for another reason, such as SIGTERM, must not lose what it has trained."""
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
-    engine.gate.clear()
-    taken = ours.take(1, timer)
-    engine.error = error
-    engine.gate.set()
-    until(lambda: not loops())
+    ours, taken = ended_alone(engine, environment, error)
     ours.put_back(1)
     saved = {held["group"]["id"] for held in ours.state_dict()["in_hand"]}
     assert {group.id for group in taken.groups} <= saved
@@ -309,12 +311,7 @@ def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone)
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), UngradedError("fix it")], ids=["bug", "mistake"])
 def test_any_other_error_comes_up_in_the_next_call_that_is_not_the_last(call, error, alone):
     engine, environment = Guarded(), Environment()
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
-    engine.gate.clear()
-    ours.take(1, timer)
-    engine.error = error
-    engine.gate.set()
-    until(lambda: not loops())
+    ours, _ = ended_alone(engine, environment, error)
     ours.state_dict()
     with pytest.raises(type(error), match=str(error)):
         getattr(ours, call)(*((2, timer) if call == "take" else ()))
