@@ -81,7 +81,8 @@ def pack(
             raise ValueError(f"sample {number} has a loss mask of {len(mask)} values for {len(response)} response tokens")
         # Arrays, as a microbatch may have a million tokens, and the GPU waits for it.
         ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (prompt, response)])
-        packed.add(ids, len(prompt), number, np.asarray(mask or [1] * len(response), dtype=bool))
+        drawn = np.asarray(mask, dtype=bool) if mask else np.ones(len(response), dtype=bool)
+        packed.add(ids, len(prompt), number, drawn)
     whole = math.lcm(multiple * cp, padded_length(1, cp))
     missing = -packed.cu_seqlens[-1] % whole or (0 if packed.length else whole)
     if missing:
