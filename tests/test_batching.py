@@ -17,7 +17,7 @@ from etr_megatron.metrics import step_metrics
 from etr_megatron.objective import LossSettings, resolve_loss
 from etr_megatron.policy import StepRouting, TokenLogprobs
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
-from etr_megatron.policy.not_finite import RowWatch
+from etr_megatron.policy.not_finite import RowWatch, refuse_not_finite
 from etr_megatron.policy.packing import pack
 from tests.batches import FLAT_LENGTHS, LENGTHS, REWARDS, batch_of, config, groups, logprobs, metrics_row, update
 
@@ -327,18 +327,23 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
     micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
     logp = torch.zeros(11)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp, logp)
-    watch = RowWatch(batch, micro, loss="clipped", rank=3)
-    watch.check(inputs, 0.0)
+    watch, nothing = RowWatch(batch, micro, loss="clipped", rank=3), torch.zeros(())
+    whole = RowWatch(batch, micro, loss="clipped", rank=3)
+    for one in (watch, whole):
+        one.see(inputs, nothing)
+    refuse_not_finite([whole, watch])
     broken = getattr(inputs, name).clone()
     broken[[6, 9]] = float("-inf")
+    watch.see(replace(inputs, **{name: broken}), nothing)
     with pytest.raises(FloatingPointError) as caught:
-        watch.check(replace(inputs, **{name: broken}), 0.0)
+        refuse_not_finite([whole, watch])
     assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
     # An earlier token takes precedence over an earlier input.
     variance = inputs.variance.clone()
     variance[0] = float("nan")
+    watch.see(replace(inputs, **{name: broken, "variance": variance}), nothing)
     with pytest.raises(FloatingPointError, match=r"^variance is nan at .*: position 0 in the response of sample p1@3/0"):
-        watch.check(replace(inputs, **{name: broken, "variance": variance}), 0.0)
+        refuse_not_finite([whole, watch])
 
 
 @pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
@@ -353,8 +358,9 @@ def test_of_gradients_that_are_not_finite_the_earliest_token_is_named(loss, erro
     logp_factor[5] = entropy_factor[3] = float("nan")
     (logp * logp_factor + entropy * entropy_factor).sum().backward()
     wanted = rf"of objective\.loss {loss} with respect to entropy .*: position 1 in the response of sample p3@3/3, on rank 0"
+    watch.see(inputs, torch.zeros(()))
     with pytest.raises(error, match=wanted):
-        watch.check(inputs, 0.0)
+        refuse_not_finite([watch])
 
 
 @pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
@@ -363,15 +369,19 @@ def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
     micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
     values = torch.zeros(9)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), values, values)
+    watch = RowWatch(batch, micro, loss=loss, rank=3)
+    watch.see(inputs, torch.tensor(float("inf")))
     with pytest.raises(error) as caught:
-        RowWatch(batch, micro, loss=loss, rank=3).check(inputs, float("inf"))
+        refuse_not_finite([watch])
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
     assert str(caught.value) == f"objective.loss {loss} is inf although all of its inputs are finite: {wanted}"
     empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # as on a rank with fewer samples than others
     nothing = torch.zeros(0)
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
+    watch = RowWatch(batch, empty, loss=loss, rank=1)
+    watch.see(inputs, torch.tensor(float("nan")))
     with pytest.raises(error, match=r"are finite: a microbatch without rows, whose mean is NaN, on rank 1$"):
-        RowWatch(batch, empty, loss=loss, rank=1).check(inputs, float("nan"))
+        refuse_not_finite([watch])
 
 
 def test_the_corrections_log_ratio_is_bounded_like_the_losss():

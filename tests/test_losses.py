@@ -20,6 +20,7 @@ from etr_megatron.objective import (
     diagnostic_sums,
     loss_names,
     losses,
+    read_sums,
     resolve_loss,
 )
 from etr_megatron.policy import PolicyBatch
@@ -117,7 +118,7 @@ def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradie
             plain_here = plain
         np.testing.assert_allclose(gradient, plain_here, atol=1e-12)
         rows = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-        sums = diagnostic_sums(rows, outputs, torch.zeros(len(logp), dtype=torch.long))
+        sums = read_sums([diagnostic_sums(rows, outputs, torch.zeros(len(logp), dtype=torch.long))])
         assert sums["clip_upper"] == sums["clip_lower"] == 0 and sums["ratio"] == pytest.approx(sums["tokens"])
 
 
@@ -132,12 +133,12 @@ def test_rounding_of_the_ratio_does_not_decide_what_a_radius_of_zero_lets_throug
     outputs = resolve_loss(name)(inputs)
     (gradient,) = torch.autograd.grad(outputs.loss, x)
     torch.testing.assert_close(gradient, torch.full((3,), -0.5 * advantage), atol=1e-4, rtol=0)
-    sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
+    sums = read_sums([diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))])
     assert sums["clip_upper"] == sums["clip_lower"] == 0
     away = torch.full((3,), 2e-4 * advantage, requires_grad=True)  # in the direction of the advantage
     inputs = case.inputs(away, torch.tensor(entropy).float(), torch.float32)
     outputs = resolve_loss(name)(inputs)
-    sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
+    sums = read_sums([diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))])
     assert not torch.autograd.grad(outputs.loss, away)[0].any() and sums["clip_upper"] + sums["clip_lower"] == 3
 
 
@@ -296,7 +297,7 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator:
     r, bins = case.rows, np.array([-1, 2, 0, 0, 3, 2, 3])[case.index]
     r["advantage"][np.isin(case.index, (2, 5))] = 0.0  # no bound stops their gradient
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    sums = diagnostic_sums(inputs, resolve_loss(name)(inputs), torch.tensor(bins))
+    sums = read_sums([diagnostic_sums(inputs, resolve_loss(name)(inputs), torch.tensor(bins))])
     ratio = np.exp(np.clip(logp - r["old_logp"], -0.7, 0.7))
     if name == "gspo":
         means = np.array([(logp - r["old_logp"])[case.index == i].mean() for i in range(len(case.lengths))])
@@ -326,4 +327,4 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator:
         wanted |= {f"{key}_{bin_name}": values[bins == place].sum() for key, values in rows.items()}
     assert sums == pytest.approx(wanted)
     alone = replace(inputs, ref_logp=None)
-    assert diagnostic_sums(alone, resolve_loss(name)(alone), torch.tensor(bins))["kl"] == 0.0
+    assert read_sums([diagnostic_sums(alone, resolve_loss(name)(alone), torch.tensor(bins))])["kl"] == 0.0

@@ -20,6 +20,7 @@ from etr_megatron.objective import (
     LossSettings,
     PolicyLoss,
     diagnostic_sums,
+    read_sums,
     register_loss,
     regularized,
     resolve_loss,
@@ -121,7 +122,7 @@ def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
     r = case.rows
     gap = logp - r["group_mean"]
     assert outputs.loss.item() == pytest.approx((r["weight"] * r["correction"] * gap**2).sum())
-    sums = diagnostic_sums(inputs, outputs, torch.zeros(len(logp), dtype=torch.long))
+    sums = read_sums([diagnostic_sums(inputs, outputs, torch.zeros(len(logp), dtype=torch.long))])
     assert sums["loss/gap"] == pytest.approx(gap.sum())
     assert sums["ratio"] == pytest.approx(np.exp(logp - r["old_logp"]).sum())
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+import etr_megatron
 from etr_megatron.objective import LossInputs, LossOutputs, regularized, token_weights
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
@@ -101,3 +107,58 @@ def test_a_users_loss_by_import_path_trains(gangs, hf_models):
     before, after = (sums["loss/logp"] / sums["tokens"] for sums in found["sums"])
     assert after > before + 0.01
     assert {"ratio", "clip_upper", "kl", "tokens_pass_25_50"} <= found["sums"][0].keys()
+
+
+class Waits(TorchFunctionMode):
+    """Counts calls by the package's code, by place, for which a host waits for its GPU: reads of values, and copies from
+    memory that is not pinned. Left out is what only runs on CPU."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+    ON_CPU = ("local_layers.py", "_check_scale")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, kwargs or {}
+        copies = name == "tensor" or (name == "to" and any(isinstance(one, torch.device | str) for one in args))
+        if name in self.READS or copies or (name == "to" and "device" in kwargs):
+            self._count()
+        return func(*args, **kwargs)
+
+    def _count(self) -> None:
+        frame = sys._getframe(2)
+        file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if Path(etr_megatron.__file__).parent in file.parents and not {file.name, function} & {*self.ON_CPU}:
+            self.places[f"{file.name}:{function}:{frame.f_lineno}"] += 1
+
+
+def waits_of_an_update(model: str, sequences: list, overrides: list[str]) -> tuple[int, Counter[str]]:
+    """(microbatches of an update, its waits while they run)."""
+    from etr_megatron.policy import policy as policy_module
+
+    def watched(chunks: Any, micro: list, *args: Any, **options: Any) -> Any:
+        sizes.append(len(micro))
+        with waits:
+            return run_schedule(chunks, micro, *args, **options)
+
+    run_schedule, waits, sizes = policy_module.run_schedule, Waits(), []
+    policy = build(model, overrides)
+    batch = replace(make_batch(sequences), ref_logp=make_batch(sequences, seed=6).old_logp)
+    with mock.patch.object(policy_module, "run_schedule", watched):
+        policy.update(batch)
+    return sizes[0], waits.places
+
+
+@pytest.mark.parametrize("preset", ["etr", "gspo"])
+def test_the_host_does_not_wait_for_its_gpu_between_microbatches(gangs, hf_models, preset):
+    found = []
+    for budget in (1, 1000):
+        overrides = ["parallel.tp=1", f"objective.preset={preset}", "objective.kl_coef=0.1", "train.head_chunk_rows=7"]
+        job = dict(model=hf_models["qwen3"], sequences=random_sequences())
+        overrides += [f"train.tokens_per_microbatch={budget}"]
+        found += gangs(1).run("tests.test_policy_losses:waits_of_an_update", **job, overrides=overrides)
+    (many, of_many), (one, of_one) = found
+    assert many == 7 and one == 1
+    assert of_many == of_one and of_one.total() == 1  # one read for all, after the last pass

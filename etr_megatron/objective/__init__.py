@@ -5,7 +5,7 @@ from etr_megatron.objective.aggregation import token_weights
 from etr_megatron.objective.bounds import ElasticBounds
 from etr_megatron.objective.controls import control_radii
 from etr_megatron.objective.correction import rollout_correction
-from etr_megatron.objective.diagnostics import PASS_RATE_BINS, diagnostic_sums, pass_rate_bins
+from etr_megatron.objective.diagnostics import PASS_RATE_BINS, DiagnosticSums, diagnostic_sums, pass_rate_bins, read_sums
 from etr_megatron.objective.groups import GroupStatistics, group_statistics
 from etr_megatron.objective.inputs import LossInputs, LossOutputs, LossSettings, Sequences
 from etr_megatron.objective.kl import kl_estimate
@@ -15,6 +15,7 @@ from etr_megatron.objective.shaping import kl_penalty, overlong_punishment
 
 __all__ = [
     "PASS_RATE_BINS",
+    "DiagnosticSums",
     "ElasticBounds",
     "GroupStatistics",
     "LossInputs",
@@ -32,6 +33,7 @@ __all__ = [
     "loss_names",
     "overlong_punishment",
     "pass_rate_bins",
+    "read_sums",
     "refuse_if_rows_interact",
     "register_loss",
     "regularized",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,9 +28,31 @@ def pass_rate_bins(pass_rate: Tensor, variance: Tensor) -> Tensor:
     return torch.where(variance > 0, place, -1)
 
 
+@dataclass(frozen=True)
+class DiagnosticSums:
+    """Sums over a microbatch's rows, on their device. by_bin: float64 [len(names), 1 + len(PASS_RATE_BINS)]; the first column
+    is of rows whose group has no variance."""
+
+    names: tuple[str, ...]
+    by_bin: Tensor
+
+
+def read_sums(parts: Sequence[DiagnosticSums]) -> dict[str, float]:
+    """The sums over all parts by name, and by `<name>_<bin>` for each bin; reads once from the device."""
+    if not parts:
+        return {}
+    sums: dict[str, float] = {}
+    values = torch.cat([part.by_bin for part in parts]).cpu()
+    for part, by_bin in zip(parts, values.split([len(part.names) for part in parts]), strict=True):
+        for columns, end in ((by_bin.sum(1), ""), *zip(by_bin.T[1:], (f"_{name}" for name in PASS_RATE_BINS), strict=True)):
+            for name, value in zip(part.names, columns.tolist(), strict=True):
+                sums[name + end] = sums.get(name + end, 0.0) + value
+    return sums
+
+
 @torch.no_grad()
-def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> dict[str, float]:
-    """Sums over the rows, additive over microbatches and ranks; each name also as `<name>_<bin>` for each bin.
+def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> DiagnosticSums:
+    """Sums over the rows, additive over microbatches and ranks. Reads nothing from the device.
 
     bins: int64 [R], as from `pass_rate_bins`. Names: `tokens`; `entropy`; `ratio`, the importance ratio (per token, unless
     the loss reports its own), and `ratio_squared`; `clip_upper` and `clip_lower`, whether the bound stops the row's gradient
@@ -54,8 +79,4 @@ def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> d
     }
     values = torch.stack([row.double() for row in rows.values()])
     by_bin = torch.zeros(len(rows), 1 + len(PASS_RATE_BINS), dtype=torch.float64, device=values.device)
-    by_bin = by_bin.index_add(1, bins + 1, values).cpu()
-    sums = dict(zip(rows, by_bin.sum(1).tolist(), strict=True))
-    for place, name in enumerate(PASS_RATE_BINS, start=1):
-        sums |= {f"{row}_{name}": value for row, value in zip(rows, by_bin[:, place].tolist(), strict=True)}
-    return sums
+    return DiagnosticSums(tuple(rows), by_bin.index_add(1, bins + 1, values))

@@ -12,6 +12,8 @@ from etr_megatron.objective import LossInputs, LossSettings, Sequences
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
 
+_BY_SAMPLE = ("advantage", "clip_low", "clip_high", "weight", "group_mean", "group_std", "variance")
+
 
 def loss_settings(objective: ObjectiveConfig) -> LossSettings:
     """The scalars of a resolved objective that losses use."""
@@ -34,48 +36,37 @@ def loss_inputs(
     """Everything known before the forward pass of `micro`, on its device: R rows in the microbatch's order.
 
     reduce: see `Sequences`.
-    `logp` and `entropy` are NaN until `LossInputs.at` fills them in.
+    `logp` and `entropy` are NaN until `LossInputs.at` fills them in. Copies to the device wait for all of its work, so call
+    this before the passes.
     """
-    device = micro.row_sample.device
+    device = micro.targets.device
     place = _places(batch, micro)
     lengths = torch.tensor([batch.sequences[i].rows for i in micro.samples], dtype=torch.long)
     # Each context-parallel rank has some tokens of every sample.
-    at = (lengths.cumsum(0) - lengths)[place] + micro.row_position.cpu()
-
-    def per_token(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)])[at].to(device)
-
-    def per_sample(values: Tensor) -> Tensor:
-        return values.to(device)[micro.row_sample]
-
-    old_logp = per_token(batch.old_logp)
-    unknown = torch.full_like(old_logp, torch.nan)
-    return LossInputs(
-        logp=unknown,
-        entropy=unknown,
-        old_logp=old_logp,
-        rollout_logp=per_token(batch.rollout_logp),
-        ref_logp=None if batch.ref_logp is None else per_token(batch.ref_logp),
-        correction=torch.ones_like(old_logp) if batch.correction is None else per_token(batch.correction),
-        advantage=per_sample(batch.advantage),
-        clip_low=per_sample(batch.clip_low),
-        clip_high=per_sample(batch.clip_high),
-        weight=per_sample(batch.weight),
-        group_mean=per_sample(batch.group_mean),
-        group_std=per_sample(batch.group_std),
-        variance=per_sample(batch.variance),
-        sequences=Sequences(place.to(device), lengths.to(device), reduce),
-        settings=settings,
-    )
+    at = (lengths.cumsum(0) - lengths)[place] + micro.row_position
+    by_token = {"old_logp": batch.old_logp, "rollout_logp": batch.rollout_logp}
+    by_token |= {name: values for name in ("ref_logp", "correction") if (values := getattr(batch, name)) is not None}
+    rows = {name: _rows_of_tokens(values, micro, at) for name, values in by_token.items()}
+    rows |= {name: getattr(batch, name)[micro.row_sample] for name in _BY_SAMPLE}
+    rows.setdefault("correction", torch.ones_like(rows["old_logp"]))
+    on_device = dict(zip(rows, torch.stack([*rows.values()]).to(device), strict=True))
+    unknown = torch.full_like(on_device["old_logp"], torch.nan)
+    sequences = Sequences(place.to(device), lengths.to(device), reduce)
+    return LossInputs(logp=unknown, entropy=unknown, sequences=sequences, settings=settings, **on_device)
 
 
 def pass_rate_bins_of_rows(batch: PolicyBatch, micro: Microbatch) -> Tensor:
-    """int64 [R]: the pass-rate bin of each row's group."""
-    return batch.pass_rate_bin.to(micro.row_sample.device)[micro.row_sample]
+    """int64 [R], on the microbatch's device: the pass-rate bin of each row's group."""
+    return batch.pass_rate_bin[micro.row_sample].to(micro.targets.device)
+
+
+def _rows_of_tokens(values: Sequence[Tensor], micro: Microbatch, at: Tensor) -> Tensor:
+    """[R]: each row's value. values: per sample. at: int64 [R], places in the concatenation of the microbatch's samples."""
+    return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)])[at]
 
 
 def _places(batch: PolicyBatch, micro: Microbatch) -> Tensor:
     """int64 [R] on the CPU: the index, within the microbatch, of each row's sample."""
     place = torch.zeros(len(batch), dtype=torch.long)
     place[list(micro.samples)] = torch.arange(len(micro.samples))
-    return place[micro.row_sample.cpu()]
+    return place[micro.row_sample]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,19 +15,19 @@ from etr_megatron.policy.packing import Microbatch
 
 
 class RowWatch:
-    """Checks a policy loss's inputs, and its gradients with respect to log-prob and entropy, for NaN and infinity.
+    """Looks for NaN and infinity in a policy loss, its inputs, and its gradients with respect to log-prob and entropy.
 
-    One per microbatch and rank. A custom loss that turns finite inputs into a non-finite result raises UserError; anything else
-    raises FloatingPointError. Gradients of a token-local loss arrive chunk by chunk inside the head; gradients of other losses
-    arrive in Megatron's backward pass. The chunks' gradients are only marked as they arrive and checked later, because reading
-    a value synchronizes with the device.
+    One per microbatch and rank. Gradients of a token-local loss arrive chunk by chunk inside the head; gradients of other
+    losses arrive in Megatron's backward pass. Reading a value would make the host wait for the device, so everything is only
+    marked on the device; `refuse_not_finite` reads the marks of all microbatches at once.
     """
 
     def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
         self._batch, self._micro, self._loss, self._rank = batch, micro, loss, rank
         self._losses_error = UserError if ":" in loss else FloatingPointError
-        self._broken = torch.zeros(2, len(micro.targets), dtype=torch.bool, device=micro.row_sample.device)
-        self._waits_for_backward = False
+        self._broken = torch.zeros(2, len(micro.targets), dtype=torch.bool, device=micro.targets.device)
+        self._inputs: dict[str, Tensor] = {}
+        self._value = torch.zeros((), device=micro.targets.device)
 
     def watch(self, rows: slice, logp: Tensor, entropy: Tensor) -> None:
         """Watch the gradients of these rows' values."""
@@ -35,41 +36,39 @@ class RowWatch:
                 values.register_hook(partial(self._mark, place, rows))
 
     def _mark(self, place: int, rows: slice, gradient: Tensor | None) -> None:
-        if gradient is None:  # autograd calls the hook even if the loss does not depend on it
-            return
-        self._broken[place, rows] = ~torch.isfinite(gradient)
-        if self._waits_for_backward:
-            self._check_gradients()
+        if gradient is not None:  # autograd calls the hook even if the loss does not depend on it
+            self._broken[place, rows] = ~torch.isfinite(gradient)
 
-    def check(self, inputs: LossInputs, loss: float) -> None:
-        """Raise FloatingPointError if a row of an input is not finite, or the error of `RowWatch` for the loss or its gradient.
+    def see(self, inputs: LossInputs, loss: Tensor) -> None:
+        """Watch all rows of the microbatch, the policy's values filled in, and the loss, a scalar. Both are kept, detached."""
+        self._inputs = {name: values.detach() for name, values in inputs.row_tensors().items()}
+        self._value = loss.detach()
 
-        inputs: all rows of the microbatch, the policy's values filled in. The error names the input, the sample, the token's
-        position in the response (from 0) and the rank. Later gradients are checked as they arrive.
-        """
-        named = inputs.row_tensors()
-        broken = ~torch.isfinite(torch.stack(list(named.values())))
+    def marks(self) -> Tensor:
+        """bool [3] on the device: whether an input, a gradient and the loss are not finite."""
+        inputs = torch.stack([*self._inputs.values()]) if self._inputs else self._value
+        return torch.stack([~torch.isfinite(inputs).all(), self._broken.any(), ~torch.isfinite(self._value)])
+
+    def refuse(self) -> None:
+        """Raise the error of what is not finite: first an input, then a gradient, then the loss."""
+        named = self._inputs
+        broken = ~torch.isfinite(torch.stack([*named.values()]))
         if bool(broken.any()):
             # In row order: the first bad token with its first bad input is more informative than the first bad input.
             row, number = broken.T.nonzero()[0].tolist()
             name = list(named)[number]
             raise FloatingPointError(f"{name} is {named[name][row].item()} at an active token: {self._place(row)}")
-        self._check_gradients()
-        if not torch.isfinite(torch.tensor(loss)):
-            samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
-            where = f"samples {samples}" if samples else "a microbatch without rows, whose mean is NaN"
+        if bool(self._broken.any()):
+            row, place = self._broken.T.nonzero()[0].tolist()
             raise self._losses_error(
-                f"objective.loss {self._loss} is {loss} although all of its inputs are finite: {where}, on rank {self._rank}"
+                f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite "
+                f"although all of its inputs are: {self._place(row)}"
             )
-        self._waits_for_backward = True
-
-    def _check_gradients(self) -> None:
-        if not bool(self._broken.any()):
-            return
-        row, place = self._broken.T.nonzero()[0].tolist()
+        samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
+        where = f"samples {samples}" if samples else "a microbatch without rows, whose mean is NaN"
         raise self._losses_error(
-            f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite although "
-            f"all of its inputs are: {self._place(row)}"
+            f"objective.loss {self._loss} is {self._value.item()} although all of its inputs are finite: {where}, on rank "
+            f"{self._rank}"
         )
 
     def _place(self, row: int) -> str:
@@ -77,3 +76,16 @@ class RowWatch:
         if mask := self._batch.sequences[sample].loss_mask:  # from the position among drawn tokens to that in the response
             position = [place for place, is_drawn in enumerate(mask) if is_drawn][position]
         return f"position {position} in the response of sample {self._batch.names[sample]}, on rank {self._rank}"
+
+
+def refuse_not_finite(watches: Sequence[RowWatch]) -> None:
+    """Raise if one of the watches has seen NaN or infinity, for the first that has; reads once from the device.
+
+    A custom loss that turns finite inputs into a non-finite result raises UserError, anything else FloatingPointError. The
+    error names the input, the sample, the token's position in the response (from 0) and the rank.
+    """
+    if not watches:
+        return
+    for watch, is_broken in zip(watches, torch.stack([one.marks() for one in watches]).any(1).tolist(), strict=True):
+        if is_broken:
+            watch.refuse()

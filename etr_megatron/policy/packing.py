@@ -24,8 +24,8 @@ class Microbatch:
     max_seqlen: tokens of the longest sequence, over all CP ranks.
     rows: int64 [R], indices of the tokens whose hidden states predict response tokens that the model drew. targets: int64 [R],
     those tokens. row_sample: int64 [R], the index of each row's sample in the optimizer step. row_position: int64 [R], the
-    position of the target among the tokens of that sample that the model drew. samples: indices of the samples, in the order of
-    their rows.
+    position of the target among the tokens of that sample that the model drew. These two stay on the CPU, where the values are
+    that they select. samples: indices of the samples, in the order of their rows.
     """
 
     tokens: Tensor
@@ -89,15 +89,15 @@ def pack(
         packed.add(np.zeros(missing, dtype=np.int64), missing, -1, np.zeros(0, dtype=bool))
 
     def integers(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        return torch.from_numpy(np.concatenate(parts))
 
     return Microbatch(
-        tokens=integers(packed.tokens)[None],
-        positions=integers(packed.positions)[None],
+        tokens=integers(packed.tokens)[None].to(device),
+        positions=integers(packed.positions)[None].to(device),
         cu_seqlens=torch.tensor(packed.cu_seqlens, dtype=torch.int32, device=device),
         max_seqlen=max(end - begin for begin, end in itertools.pairwise(packed.cu_seqlens)),
-        rows=integers(packed.rows),
-        targets=integers(packed.targets),
+        rows=integers(packed.rows).to(device),
+        targets=integers(packed.targets).to(device),
         row_sample=integers(packed.row_sample),
         row_position=integers(packed.row_position),
         samples=tuple(numbers),

@@ -27,26 +27,25 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.config import LOSSES, Config, resolved
 from etr_megatron.flops import sequence_flops
-from etr_megatron.objective import LossInputs, LossOutputs, diagnostic_sums, refuse_if_rows_interact, resolve_loss
+from etr_megatron.objective import LossInputs, refuse_if_rows_interact, resolve_loss
 from etr_megatron.policy.adapters import PolicyAdapters
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
-from etr_megatron.policy.context import padded_length, summed
+from etr_megatron.policy.context import padded_length
 from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import require_fp8, token_multiple
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
 from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
-from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.optimizer import DTYPES, build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.routing import RoutingReplay, StepRouting
 from etr_megatron.policy.schedule import run_schedule
+from etr_megatron.policy.step_loss import StepLoss
 from etr_megatron.types import AnySequence, TokenSequence
-from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import vocab_parallel_logprob
 from etr_megatron.weights import Architecture
 
 
@@ -113,7 +112,6 @@ class Policy:
         self.optimizer = build_optimizer(self._ddp, config)
         self.scheduler = lr_scheduler(self.optimizer, config)
         self.adapters.watch()
-        self._megatron.finalize_model_grads_func = self._finalize_gradients
         self._megatron.grad_scale_func = self.optimizer.scale_loss
         if config.train.overlap_grad_reduce:
             # Megatron's schedules use it to disable the reduction for all but the last microbatch.
@@ -142,9 +140,9 @@ class Policy:
         whole = [TokenSequence(*one) for one in sequences]
         micro = self._microbatches(whole)
 
-        def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
-            tensors, options = self._head_inputs(chunks[-1], hidden, batch)
-            return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
+        def collect(number: int, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
+            tensors, options = self._head_inputs(chunks[-1], hidden, micro[number])
+            return micro[number], torch.stack(vocab_parallel_logprob(*tensors, **options))
 
         weights = self.adapters.disabled() if reference and self.adapters else nullcontext()
         with torch.no_grad(), weights, self._replaying(micro, routing):
@@ -153,9 +151,9 @@ class Policy:
         starts = torch.tensor([0, *sizes]).cumsum(0)
         everything = torch.zeros(2, int(starts[-1]), dtype=torch.float32, device=platform.device())
         if self.layout.is_reporter:
-            starts = starts.to(everything.device)
             for batch, values in found:
-                everything[:, starts[batch.row_sample] + batch.row_position] = values
+                at = starts[batch.row_sample] + batch.row_position
+                everything[:, at.to(everything.device)] = values
         # Every token has exactly one reporter, so the sum broadcasts the results bit for bit.
         dist.all_reduce(everything)
         logp, entropy = everything.cpu()
@@ -164,7 +162,7 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """Run one optimizer step on the whole batch. Needs `old_logp`, and `ref_logp` if there is a KL term.
 
-        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `RowWatch`), RuntimeError for
+        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `not_finite`), RuntimeError for
         non-finite parameter gradients, UserError for a custom loss that fails or returns something invalid, and for a token
         outside the vocabulary.
         """
@@ -176,14 +174,26 @@ class Policy:
             self._megatron.moe_aux_loss_coeff = self._aux_loss_weight(micro)
         # Read once: every read synchronizes with the device.
         scale = self.optimizer.get_loss_scale().item()
-        with self._replaying(micro, batch.routing):
-            outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
+        loss = StepLoss(
+            self._policy_loss,
+            batch,
+            micro,
+            self.config.objective,
+            self.layout,
+            scale=scale,
+            head_inputs=partial(self._head_inputs, self._ddp[-1]),
+            try_rows=self._check_additivity,
+        )
+        self._megatron.finalize_model_grads_func = partial(self._finalize_gradients, loss)
+        with self._replaying(micro, batch.routing), loss.named_first():
+            outputs = run_schedule(self._ddp, micro, loss, forward_only=False)
+        self._megatron.finalize_model_grads_func = None  # holds the step's inputs
         _, grad_norm, _ = self.optimizer.step()
         self.adapters.merge()
         self.optimizer.zero_grad()  # else the fp32 copies of bfloat16 gradients stay while servers need the memory
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
-        mine = _totals(outputs) if self.layout.is_reporter else {}
+        mine = loss.read(outputs) if self.layout.is_reporter else {}
         dist.all_gather_object(shares, (self._policy_loss.row_names, mine, platform.take_memory_peaks()))
         names, sums, peaks = zip(*shares, strict=True)
         self._policy_loss.refuse_other_names(names)
@@ -235,8 +245,10 @@ class Policy:
                     # transposed copies of FP8 weights, which backward passes use.
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-        """Megatron's gradient reductions without the division by the token count: the loss already has our denominator."""
+    def _finalize_gradients(self, loss: StepLoss, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """Megatron's gradient reductions without the division by the token count: the loss already has our denominator. Called
+        after the last pass; raises the loss's error for NaN, since Megatron's would name no token."""
+        loss.refuse_not_finite()
         self.adapters.sum_gradients(model)
         finalize_model_grads(model, None, **options)
 
@@ -292,39 +304,6 @@ class Policy:
             "chunk_rows": self.config.train.head_chunk_rows,
         }
         return (hidden[:, 0].index_select(0, batch.rows), weight, batch.targets), options
-
-    def _loss(
-        self, batch: PolicyBatch, scale: float, micro: Microbatch, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss of a microbatch, already divided by the batch's denominator; Megatron ignores the token count.
-
-        scale: the optimizer's loss scale, which Megatron applies in the backward pass. A token-local loss is evaluated chunk by
-        chunk inside the head; a sequence-level loss needs all rows first.
-        """
-        reduce = partial(summed, group=mpu.get_context_parallel_group()) if self.layout.cp > 1 else None
-        known = loss_inputs(batch, micro, loss_settings(self.config.objective), reduce)
-        tensors, options = self._head_inputs(self._ddp[-1], hidden, micro)
-        parts: list[LossOutputs] = []
-        watch = RowWatch(batch, micro, loss=self._policy_loss.name, rank=self.layout.rank)
-
-        def rows_loss(rows: slice, logp: Tensor, entropy: Tensor) -> Tensor:
-            watch.watch(rows, logp, entropy)
-            parts.append(self._policy_loss(known.at(rows, logp, entropy)))
-            return parts[-1].loss
-
-        if self._policy_loss.token_local:
-            loss, logp, entropy = vocab_parallel_loss(*tensors, rows_loss, backward_scale=scale, **options)
-        else:
-            logp, entropy = vocab_parallel_logprob(*tensors, **options)
-            loss = rows_loss(slice(None), logp, entropy)
-        inputs = known.at(slice(None), logp.detach(), entropy.detach())
-        value = loss.item()
-        watch.check(inputs, value)
-        self._check_additivity(inputs)
-        own = {name: torch.cat([part.rows[name] for part in parts]) for name in (parts[0].rows if parts else ())}
-        result = LossOutputs(loss.detach(), own)
-        sums = {"loss": value, **diagnostic_sums(inputs, result, pass_rate_bins_of_rows(batch, micro))}
-        return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
 
     def _check_additivity(self, inputs: LossInputs) -> None:
         """Check once that a custom loss is additive over rows, as chunking in the head requires; needs at least two rows."""

@@ -24,13 +24,13 @@ def run_schedule(
 ) -> list[Any]:
     """Run every microbatch forward, and backward unless `forward_only`, through every chunk of this rank's stage.
 
-    `then(microbatch, hidden)` runs on the last stage, which alone returns its results per microbatch (with a backward pass, the
-    third item of each). A collective of the pipeline: every rank needs the same number of microbatches, a multiple of the
-    number of stages if there are several chunks.
+    `then(number, hidden)`, with the microbatch's number, runs on the last stage, which alone returns its results per microbatch
+    (with a backward pass, the third item of each). A collective of the pipeline: every rank needs the same number of
+    microbatches, a multiple of the number of stages if there are several chunks.
     """
 
-    def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
-        batch = next(iterator)
+    def forward(iterator: Iterator[tuple[int, Microbatch]], chunk: Any) -> tuple[Tensor, Any]:
+        number, batch = next(iterator)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -39,12 +39,12 @@ def run_schedule(
             max_seqlen_kv=batch.max_seqlen,
         )
         hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=packed)
-        return hidden, partial(then, batch)
+        return hidden, partial(then, number)
 
     interleaved = len(chunks) > 1
     found = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter(micro) for _ in chunks] if interleaved else iter(micro),
+        data_iterator=[enumerate(micro) for _ in chunks] if interleaved else enumerate(micro),
         model=list(chunks),
         num_microbatches=len(micro),
         seq_length=max(batch.tokens.shape[1] for batch in micro),
