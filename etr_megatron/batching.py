@@ -71,23 +71,26 @@ def build_batch(
     config: Config,
     step: int,
     *,
-    old: TokenLogprobs,
+    old: TokenLogprobs | None,
     reference: TokenLogprobs | None,
     routing: StepRouting | None = None,
 ) -> PolicyBatch:
     """All samples of a step with the inputs of the loss. The aggregation weights are those of the step as one batch.
 
     The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: log-probs of the
-    groups' sequences; reference is None unless the objective has a KL term. routing: see `PolicyBatch`. Raises ValueError for
-    a reward outside the configured range.
+    groups' sequences. old is the trainer's, or None for the engine's; reference is None unless the objective has a KL term.
+    routing: see `PolicyBatch`. Raises ValueError for a reward outside the configured range.
     """
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
     trained = [is_trained(sample, config) for _, sample in pairs]
     lengths = [sample.drawn for _, sample in pairs]
     rewards = [sample.known_reward() for _, sample in pairs]
+    engine = (np.asarray(sample.of_drawn(sample.rollout_logprobs)) for _, sample in pairs)
+    rollout_logp = tuple(torch.tensor(logprobs, dtype=torch.float32) for logprobs in engine)
+    old_logp = rollout_logp if old is None else old.logp
     statistics = group_statistics(
-        _trained_rewards(rewards, [len(sample.response_ids) for _, sample in pairs], config, old, reference),
+        _trained_rewards(rewards, [len(sample.response_ids) for _, sample in pairs], config, old_logp, reference),
         [group.id for group, _ in pairs],
         reward_range=(config.reward.range_min, config.reward.range_max),
         delta=objective.delta,
@@ -105,8 +108,6 @@ def build_batch(
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
     )
-    engine = (np.asarray(sample.of_drawn(sample.rollout_logprobs)) for _, sample in pairs)
-    rollout_logp = tuple(torch.tensor(logprobs, dtype=torch.float32) for logprobs in engine)
     return PolicyBatch(
         names=tuple(f"{group.id}/{sample.index}" for group, sample in pairs),
         sequences=sequences_of(groups),
@@ -119,10 +120,10 @@ def build_batch(
         variance=statistics.variance.float(),
         pass_rate_bin=pass_rate_bins(statistics.pass_rate, statistics.variance),
         rollout_logp=rollout_logp,
-        old_logp=old.logp,
-        old_entropy=old.entropy,
+        old_logp=old_logp,
+        old_entropy=None if old is None else old.entropy,
         ref_logp=None if reference is None else reference.logp,
-        correction=_correction(old, rollout_logp, config),
+        correction=_correction(old_logp, rollout_logp, config),
         routing=routing,
     )
 
@@ -147,7 +148,7 @@ def _trained_rewards(
     rewards: Sequence[float],
     lengths: Sequence[int],
     config: Config,
-    old: TokenLogprobs,
+    old_logp: tuple[torch.Tensor, ...],
     reference: TokenLogprobs | None,
 ) -> list[float]:
     """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward".
@@ -161,15 +162,17 @@ def _trained_rewards(
         for reward, length in zip(rewards, lengths, strict=True)
     ]
     if objective.kl_in == "reward" and reference is not None:
-        penalties = map(kl_penalty, old.logp, reference.logp)
+        penalties = map(kl_penalty, old_logp, reference.logp)
         trained = [reward - objective.kl_coef * kl for reward, kl in zip(trained, penalties, strict=True)]
     return trained
 
 
-def _correction(old: TokenLogprobs, rollout_logp: tuple[torch.Tensor, ...], config: Config) -> tuple[torch.Tensor, ...] | None:
+def _correction(
+    old_logp: tuple[torch.Tensor, ...], rollout_logp: tuple[torch.Tensor, ...], config: Config
+) -> tuple[torch.Tensor, ...] | None:
     objective = config.objective
     return rollout_correction(
-        old.logp,
+        old_logp,
         rollout_logp,
         how=objective.correction,
         level=objective.correction_level,

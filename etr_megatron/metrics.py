@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,11 +125,9 @@ def step_metrics(
     """The step's row without times and tokens/s. Fractions of tokens are taken over all updates of the step."""
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
-    gap = logprob_gap(batch)
-    assert batch.old_entropy is not None  # set by `build_batch`
     return {
         **rollout_metrics(step, groups, config),
-        "entropy": torch.cat(batch.old_entropy).double().mean().item(),
+        **_before_updates(batch, updates[0], config),
         "loss": _mean([update.loss for update in updates]),
         "grad_norm": _mean([update.grad_norm for update in updates]),
         "lr": updates[-1].lr,
@@ -139,9 +138,7 @@ def step_metrics(
         "clip_radius_mean": total["clip_radius"] / tokens,
         **_radius_quantiles(batch, torch.arange(len(batch))),
         "kl": total["kl"] / tokens,
-        "logprob_gap_mean": gap.mean().item(),
-        "logprob_gap_max": gap.max().item(),
-        **_engine_mismatch(batch, config),
+        **_correction(batch, config),
         **_replayed(batch),
         **_shaped_reward(groups, batch, config),
         **{name: _mean([update.balance[name] for update in updates]) for name in updates[0].balance},
@@ -159,12 +156,12 @@ def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seco
     """TFLOP/s per rank over the `seconds` spent on a step's log-probs and updates, and the MFU if the device's bf16 peak is
     known; empty if nothing was trained.
 
-    Counts model FLOPs as Megatron does, without recomputation: one forward pass for the old log-probs, one for a reference
-    model's, and the equivalent of three (forward and backward) in every epoch.
+    Counts model FLOPs as Megatron does, without recomputation: one forward pass for the old log-probs unless they are the
+    engine's, one for a reference model's, and the equivalent of three (forward and backward) in every epoch.
     """
     if not seconds:
         return {}
-    logprobs = 1 + policy.has_reference
+    logprobs = (config.objective.old_logp == "trainer") + policy.has_reference
     step = 0.0
     for group in groups:
         for sample in group.samples:
@@ -187,18 +184,32 @@ def _replayed(batch: PolicyBatch) -> dict[str, float]:
     return {"routing_replayed": known / sum(one.rows for one in batch.sequences)}
 
 
-def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:
-    """KL(engine || trainer) estimated on the engine's samples, and statistics of the off-policy correction."""
+def _before_updates(batch: PolicyBatch, first: Update, config: Config) -> dict[str, float]:
+    """Entropy, and gap and KL between engine and trainer, under the weights before the updates. If the trainer did not compute
+    old log-probs, they are those of the first update's tokens, and the largest gap is unknown."""
+    if batch.old_entropy is None:
+        tokens = first.sums["tokens"]
+        named = {"entropy": "entropy", "logprob_gap_mean": "gap", "mismatch_kl": "mismatch"}
+        return {key: first.sums[name] / tokens for key, name in named.items()} | {"logprob_gap_max": math.nan}
+    gap = logprob_gap(batch)
     rollout, old = torch.cat(batch.rollout_logp).double(), torch.cat(batch.old_logp).double()
+    return {
+        "entropy": torch.cat(batch.old_entropy).double().mean().item(),
+        "logprob_gap_mean": gap.mean().item(),
+        "logprob_gap_max": gap.max().item(),
+        "mismatch_kl": kl_estimate(rollout, old, "k3", config.objective.log_ratio_bound).mean().item(),
+    }
+
+
+def _correction(batch: PolicyBatch, config: Config) -> dict[str, float]:
+    """Statistics of the off-policy correction."""
     objective = config.objective
-    mismatch = kl_estimate(rollout, old, "k3", objective.log_ratio_bound).mean().item()
     if batch.correction is None:
-        return {"mismatch_kl": mismatch, "correction_mean": 1.0, "correction_frac": 0.0}
+        return {"correction_mean": 1.0, "correction_frac": 0.0}
     weight = torch.cat(batch.correction)
     # An unmodified weight is never 0, and equals the cap only if it was clipped to it.
     limited = weight == (0.0 if objective.correction == "mask" else objective.correction_cap)
-    means = {"correction_mean": weight.double().mean().item(), "correction_frac": limited.double().mean().item()}
-    return {"mismatch_kl": mismatch, **means}
+    return {"correction_mean": weight.double().mean().item(), "correction_frac": limited.double().mean().item()}
 
 
 def _shaped_reward(groups: Sequence[Group], batch: PolicyBatch, config: Config) -> dict[str, float]:

@@ -215,7 +215,7 @@ class Trainer:
                 self._sync()
 
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
-        """Compute the old (and reference) log-probs before the first update, then run the updates."""
+        """Compute the old (and reference) log-probs before the first update, if they are needed, then run the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
             if self.engine is not None:
@@ -223,11 +223,14 @@ class Trainer:
             self.policy.reload()
             sequences, has_reference = sequences_of(groups), self.policy.has_reference
             routing = self._routing(groups)
-            old = self.policy.logprobs(sequences, routing=routing)
+            by_engine = self.config.objective.old_logp == "engine"
+            old = None if by_engine and not self._gate else self.policy.logprobs(sequences, routing=routing)
             reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
+            if by_engine:
+                batch = batch.relative_to_engine()
             if self._recorder is not None and not batch.weight.any():
                 logger.warning("step %d: nothing to train on, as all responses were %s", self.step, _why_untrained(groups))
             updates: list[Update] = []
@@ -320,7 +323,8 @@ class Trainer:
         """Record the step's groups, with the trainer's log-probs if there are any."""
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):
-            old = None if batch is None else [logp.tolist() for logp in batch.old_logp]
+            computed = () if batch is None or batch.old_entropy is None else batch.old_logp
+            old = [logp.tolist() for logp in computed] or None
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:

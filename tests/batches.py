@@ -55,7 +55,7 @@ def with_old(gap: float) -> PolicyBatch:
 
 
 def update(tokens: float, *, loss: float = 1.0, grad_norm: float = 2.0, lr: float = 1e-3, **sums: float) -> Update:
-    names = ("ratio", "ratio_squared", "clip_upper", "clip_lower", "clip_radius", "kl", "entropy")
+    names = ("ratio", "ratio_squared", "clip_upper", "clip_lower", "clip_radius", "kl", "entropy", "gap", "mismatch")
     every = {"tokens": tokens, **{name: sums.pop(name, 0.0) for name in names}}
     by_bin = {f"{name}_{place}": sums.pop(f"{name}_{place}", 0.0) for name in every for place in PASS_RATE_BINS}
     return Update(loss, {**every, **by_bin, **sums}, grad_norm, lr)

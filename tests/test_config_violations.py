@@ -152,6 +152,11 @@ VIOLATIONS = [
     (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__normalize=True), ["objective.kl_in"]),
     (dict(rollout__backend="sglang", sglang__context_length=511, data__max_prompt_tokens=256), ["sglang.context_length"]),
     (dict(objective__correction_cap=0.0, objective__correction_floor=0.0), ["objective.correction_cap"]),
+    (dict(objective__old_logp="engine", objective__correction="mask"), ["objective.old_logp", "objective.correction"]),
+    (
+        dict(objective__old_logp="engine", objective__preset="rloo", objective__kl_coef=0.1),
+        ["objective.old_logp", "objective.kl_in"],
+    ),
     (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
     (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
     (dict(reward__overlong_penalty=-0.5), ["reward.overlong_penalty"]),

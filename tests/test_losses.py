@@ -310,7 +310,7 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator:
     if name == "reinforce":
         above, below = np.zeros_like(above), np.zeros_like(below)
     x = r["ref_logp"] - logp
-    bounded = np.clip(x, -0.7, 0.7)
+    bounded, off = (np.clip(log_ratio, -0.7, 0.7) for log_ratio in (x, logp - r["rollout_logp"]))
     assert (x != bounded).any()
     rows = {
         "tokens": np.ones_like(logp),
@@ -321,6 +321,8 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator:
         "clip_lower": below,
         "clip_radius": (r["clip_low"] + r["clip_high"]) / 2,
         "kl": {"k1": -x, "k2": x**2 / 2, "k3": np.exp(bounded) - 1 - bounded}[estimator],
+        "gap": np.abs(logp - r["rollout_logp"]),
+        "mismatch": np.exp(off) - 1 - off,
     }
     wanted = {key: values.sum() for key, values in rows.items()}
     for place, bin_name in enumerate(PASS_RATE_BINS):

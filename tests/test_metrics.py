@@ -78,6 +78,37 @@ def test_metrics_are_means_over_all_tokens_of_all_updates():
     assert row["correction_mean"] == 1.0 and row["correction_frac"] == 0.0
 
 
+def test_without_the_trainers_log_probs_the_first_update_says_what_was_before_the_updates():
+    sums = dict(ratio=10.0, ratio_squared=10.0, gap=0.4, mismatch=0.02)
+    updates = [update(10.0, entropy=25.0, **sums), update(30.0, entropy=1.0, ratio=30.0, ratio_squared=30.0, gap=9.0)]
+    row = metrics_row(with_old(1e-2).relative_to_engine(), updates=updates)
+    assert row["entropy"] == 2.5 and row["logprob_gap_mean"] == 0.04 and row["mismatch_kl"] == 0.002
+    assert math.isnan(row["logprob_gap_max"]) and row["ratio_mean"] == 1.0
+
+
+@pytest.mark.parametrize(("old_logp", "passes"), [("trainer", [1, 2, 3]), ("engine", [1, 1, 1])])
+def test_with_the_engines_log_probs_the_trainer_computes_its_own_for_the_gate_alone(old_logp, passes):
+    policy = mock.MagicMock(has_reference=False)
+    policy.logprobs.return_value = own = logprobs(-1.0 + 1e-6)
+    others = "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    arguments = dict(policy=policy, engine=mock.Mock(), **dict.fromkeys(others, mock.MagicMock()))
+    one = trainer.Trainer(config(f"objective.old_logp={old_logp}"), **arguments)
+    found = []
+    for one.step in (8, 9, 10):  # tokens are of version 7, so the gate compares them at step 8
+        batch, updates = one._train(groups())
+        found.append(policy.logprobs.call_count)
+        assert len(updates) == 2
+        wanted = own.logp if old_logp == "trainer" else batch.rollout_logp
+        parts = [call.args[0] for call in policy.update.call_args_list[-2:]]
+        assert torch.equal(torch.cat([logp for part in parts for logp in part.old_logp]), torch.cat(wanted))
+    assert found == passes
+    policy.logprobs.return_value = logprobs(-2.0)
+    other = trainer.Trainer(config(f"objective.old_logp={old_logp}"), **arguments)
+    other.step = 8
+    with pytest.raises(RuntimeError, match="the engine's log-probs differ"):
+        other._train(groups())
+
+
 @pytest.mark.parametrize("rolls_out_only", [False, True])
 def test_servers_are_counted_when_a_steps_rollout_is_complete_before_a_sync_brings_others_back(monkeypatch, rolls_out_only):
     serving, rows = [4], []

@@ -196,6 +196,14 @@ def test_recomputation_costs_a_third_of_the_layers_and_epochs_repeat_training() 
     assert twice.logprobs == none.logprobs
 
 
+def test_the_engines_log_probs_save_the_pass_of_the_old_ones_and_not_of_the_references() -> None:
+    config = MODELS.parent / "qwen3_32b_32gpu.yaml"
+    own, both = (make_plan(load_config(config, [f"objective.kl_coef={kl}"]), 32).time.logprobs for kl in (0, 0.1))
+    engines = ["objective.old_logp=engine"]
+    assert make_plan(load_config(config, engines), 32).time.logprobs == 0 < own
+    assert make_plan(load_config(config, [*engines, "objective.kl_coef=0.1"]), 32).time.logprobs == both - own
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_published_runs_are_estimated_within_the_errors_that_the_documentation_states(row) -> None:
     error = row.estimate().time.step / row.step - 1

@@ -39,6 +39,16 @@ def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
         assert 1 - 1e-3 < first["correction_mean"] < 1.000001 + 1e-9
 
 
+def test_a_run_trains_relative_to_the_engines_log_probs(runs):
+    code, printed = runs.finish("run.name=engines", *SHORT, ONE_RANK, "objective.old_logp=engine", "rollout.record=true")
+    assert code == 0, printed
+    for row in runs.rows("engines"):
+        assert row["grad_norm"] > 0 and row["logprob_gap_max"] is None
+        # Before the first update the two differ in rounding alone, but they are not the same numbers.
+        assert 0 < row["logprob_gap_mean"] < 1e-4 and row["entropy"] > 0.1
+    assert "old_logprobs" not in (runs.directory("engines") / "recorded" / "step_000001.jsonl").read_text()
+
+
 def test_truncated_responses_can_be_left_out_of_the_loss(runs):
     for name, limit in (("some", 10), ("all", 1)):
         overrides = (f"run.name={name}", ONE_RANK, "objective.mask_truncated=true", f"rollout.max_response_tokens={limit}")

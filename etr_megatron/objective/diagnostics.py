@@ -56,7 +56,9 @@ def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> D
 
     bins: int64 [R], as from `pass_rate_bins`. Names: `tokens`; `entropy`; `ratio`, the importance ratio (per token, unless
     the loss reports its own), and `ratio_squared`; `clip_upper` and `clip_lower`, whether the bound stops the row's gradient
-    (unless the loss reports its own); `clip_radius`; `kl` to the reference model, 0 without one; `loss/<name>` for other rows.
+    (unless the loss reports its own); `clip_radius`; `kl` to the reference model, 0 without one; `gap`, the absolute difference
+    of the engine's and the policy's log-probs, and `mismatch`, the k3 estimate of KL(engine || policy); `loss/<name>` for other
+    rows.
     """
     own = {name: values.detach().double() for name, values in outputs.rows.items()}
     ratio = own.get("ratio")
@@ -65,6 +67,7 @@ def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> D
     kl = torch.zeros_like(ratio)
     if inputs.ref_logp is not None:
         kl = kl_estimate(inputs.logp, inputs.ref_logp, inputs.settings.kl_estimator, inputs.settings.log_ratio_bound)
+    engine, logp = inputs.rollout_logp.double(), inputs.logp.double()
     least, most = clip_bounds(inputs.clip_low, inputs.clip_high)
     rows = {
         "tokens": torch.ones_like(ratio),
@@ -75,6 +78,8 @@ def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> D
         "clip_lower": own.get("clip_lower", (inputs.advantage < 0) & (ratio < least)),
         "clip_radius": (inputs.clip_low + inputs.clip_high) / 2,
         "kl": kl,
+        "gap": (engine - logp).abs(),
+        "mismatch": kl_estimate(engine, logp, "k3", inputs.settings.log_ratio_bound),
         **{f"loss/{name}": values for name, values in own.items() if name not in _OF_THE_LOSS},
     }
     values = torch.stack([row.double() for row in rows.values()])

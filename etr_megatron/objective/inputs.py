@@ -82,8 +82,8 @@ class LossInputs:
     Masked positions, such as the tokens of an environment's replies, are absent: they were dropped, not multiplied by zero.
 
     logp, entropy: the trained policy's log-prob and entropy, with gradient. old_logp: log-prob under the policy before the
-    step's updates, recomputed by the trainer. rollout_logp: log-prob from the inference engine. ref_logp: log-prob under the
-    reference model, or None.
+    step's updates, recomputed by the trainer, or `rollout_logp` (`objective.old_logp`). rollout_logp: log-prob from the
+    inference engine. ref_logp: log-prob under the reference model, or None.
     advantage, clip_low, clip_high: values of each row's sample. weight: aggregation weight, including the global denominator.
     correction: off-policy weight of the row for the gap between rollout_logp and old_logp; ones when off.
     group_mean, group_std: mean and std over the row's group of the rewards that are trained on. variance: v_g of the group's

@@ -21,7 +21,7 @@ class StepMetrics(TypedDict):
     weight_version: int  # newest weight version that generated a token of the step
     reward_mean: float  # verifier's reward, mean over samples
     accuracy: float  # share of samples with the highest reward (`reward.range_max`)
-    entropy: float  # entropy of the policy before the updates, nats per token
+    entropy: float  # entropy of the policy before the updates, nats per token; also see `objective.old_logp: engine`
     loss: float  # mean over the step's updates
     grad_norm: float  # gradient norm before clipping, mean over the step's updates
     lr: float  # learning rate of the step's last update
@@ -34,7 +34,7 @@ class StepMetrics(TypedDict):
     clip_radius_p90: float  # 90th percentile over tokens
     kl: float  # KL to the reference model, nats per token; 0 without one
     logprob_gap_mean: float  # abs(engine - trainer) of log-probs, nats per token; for stale tokens, later updates add to it
-    logprob_gap_max: float  # largest gap of a token
+    logprob_gap_max: float  # largest gap of a token; null if the trainer computed no old log-probs
     mismatch_kl: float  # KL(engine || trainer), k3 estimator, nats per token
     correction_mean: float  # mean off-policy weight of a token; 1 without a correction
     correction_frac: float  # share of tokens that the correction truncated or masked

@@ -78,7 +78,7 @@ def step_time(
     updating, referring = _adapters_seconds(config, work, gpu, adapters, bubble)
     return StepTime(
         generate=_generate(arch, config, cluster, work, server, gpu),
-        logprobs=forward * (2 if config.objective.kl_coef > 0 else 1) + referring,
+        logprobs=forward * ((config.objective.old_logp == "trainer") + (config.objective.kl_coef > 0)) + referring,
         train=config.train.epochs * (passes * body / fp8 + heads * head) / rate + updating,
         sync=sync + 2 * moved / gpu.host_rate,
         bubble=bubble,

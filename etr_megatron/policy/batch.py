@@ -22,7 +22,8 @@ class PolicyBatch:
     each token of a sample, with this whole batch's denominator; for the group statistics see `LossInputs`.
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
     rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens that the model drew];
-    old_entropy is for the metrics, ref_logp is set with a KL term, correction with an off-policy correction.
+    old_logp is the trainer's or, without old_entropy, the engine's. ref_logp is set with a KL term, correction with an
+    off-policy correction.
     routing: with routing replay, the experts that the engine chose for the first tokens of each sample (prompt and response);
     the policy routes the other tokens itself.
     """
@@ -49,6 +50,10 @@ class PolicyBatch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def relative_to_engine(self) -> PolicyBatch:
+        """The same batch with the engine's log-probs as the old ones."""
+        return replace(self, old_logp=self.rollout_logp, old_entropy=None)
 
     def select(self, numbers: Sequence[int], weight: Tensor) -> PolicyBatch:
         """A batch of the samples `numbers`; `weight` [len(numbers)] has the new batch's denominator."""

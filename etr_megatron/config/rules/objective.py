@@ -42,6 +42,19 @@ def objective(config: Config) -> Iterator[Violation]:
             "advantages; set normalize to false, or kl_in to loss",
             given=("objective.kl_coef",),
         )
+    if objective.old_logp == "engine":
+        if objective.correction != "none":
+            yield Violation(
+                ("objective.old_logp", "objective.correction"),
+                "the ratio to the engine's log-probs already covers what the correction weights; set correction to none, or "
+                "old_logp to trainer",
+            )
+        if objective.kl_coef > 0 and objective.kl_in == "reward":
+            yield Violation(
+                ("objective.old_logp", "objective.kl_in"),
+                "a KL term in the reward needs the trainer's log-probs; set old_logp to trainer, or kl_in to loss",
+                given=("objective.kl_coef",),
+            )
     if objective.correction_floor > objective.correction_cap:
         yield Violation(
             ("objective.correction_floor", "objective.correction_cap"), "correction_floor must not exceed correction_cap"
