@@ -289,6 +289,8 @@ def check_without_experts(model: str, config: Config) -> None:
         raise UserError(f"{model} has no experts, so train.moe_aux_loss_coef has no effect; set it to 0")
     if config.train.moe_router_fp32:
         raise UserError(f"{model} has no experts, so train.moe_router_fp32 has no effect; set it to false")
+    if config.train.moe_freeze_router:
+        raise UserError(f"{model} has no experts, so train.moe_freeze_router has no effect; set it to false")
     if config.train.routing_replay:
         raise UserError(f"{model} has no experts, so train.routing_replay has no effect; set it to false")
     if config.parallel.etp is not None:

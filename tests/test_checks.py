@@ -166,6 +166,7 @@ def test_mlps_that_the_layout_cannot_split_are_refused(config: Config) -> None:
     [
         ("train", "moe_aux_loss_coef", 0.1),
         ("train", "moe_router_fp32", True),
+        ("train", "moe_freeze_router", True),
         ("train", "routing_replay", True),
         ("parallel", "etp", 1),
     ],

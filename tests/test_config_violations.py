@@ -157,6 +157,7 @@ VIOLATIONS = [
         dict(objective__old_logp="engine", objective__preset="rloo", objective__kl_coef=0.1),
         ["objective.old_logp", "objective.kl_in"],
     ),
+    (dict(lora__rank=4, train__moe_freeze_router=True), ["train.moe_freeze_router", "lora.rank"]),
     (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
     (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
     (dict(reward__overlong_penalty=-0.5), ["reward.overlong_penalty"]),

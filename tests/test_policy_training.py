@@ -114,6 +114,23 @@ def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family,
         assert_same_run(found, wanted)
 
 
+@pytest.mark.parametrize("split", ["ep2", "tp2_sp_ep2_etp1_full_recompute", "pp2_ep2_distributed_optimizer"])
+def test_frozen_routers_keep_their_weights_and_change_nothing_else(gangs, hf_models, split):
+    model, job = hf_models["qwen3_moe"], "tests.policy_jobs:train"
+    options = dict(model=model, sequences=random_sequences(), updates=1)
+    base = [*BASE, "train.clip_grad=0"]
+    (trained,) = gangs(1).run(job, overrides=[*base, "parallel.tp=1"], **options)
+    (before,) = gangs(1).run("tests.policy_jobs:export", model=model, overrides=["parallel.tp=1"])
+    routers = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert len(routers) > 1 and all((trained["weights"][name] - before[name]).abs().max() > 1e-3 for name in routers)
+    world, overrides = MIXTURES[split]
+    for found in gangs(world).run(job, overrides=[*base, *overrides, "train.moe_freeze_router=true"], **options):
+        assert found["loss"] == pytest.approx(trained["loss"], abs=1e-5) and found["grad_norm"] < trained["grad_norm"]
+        for name, tensor in trained["weights"].items():
+            wanted, atol = (before[name], 0) if name in routers else (tensor, 1e-5)
+            torch.testing.assert_close(found["weights"][name], wanted, atol=atol, rtol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_kl_to_the_reference_starts_at_zero_and_grows(gangs, hf_models, single):
     found = single("llama", ("objective.kl_coef=0.1",))
     assert found["sums"][0]["kl"] == pytest.approx(0.0, abs=1e-6)

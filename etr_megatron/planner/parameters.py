@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Number of parameter elements on a rank, including padding of the vocabulary and routers' biases. (These have neither
-    gradients nor optimizer state, but are so few that plans make no difference.)
+    """Number of parameter elements on a rank, including padding of the vocabulary, routers' biases and frozen routers. (The
+    last two have neither gradients nor optimizer state, but are so few that plans make no difference.)
 
     dense, expert: outside and inside experts, which have separate data-parallel groups. matrices: the elements that FP8
     quantizes.

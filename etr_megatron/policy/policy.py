@@ -41,7 +41,7 @@ from etr_megatron.policy.optimizer import DTYPES, build_optimizer, lr_scheduler,
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
-from etr_megatron.policy.routing import RoutingReplay, StepRouting
+from etr_megatron.policy.routing import RoutingReplay, StepRouting, routers
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.policy.step_loss import StepLoss
 from etr_megatron.types import AnySequence, TokenSequence
@@ -108,6 +108,9 @@ class Policy:
         if arch.experts is not None:
             self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
             self._routing = RoutingReplay(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
+        if config.train.moe_freeze_router:
+            for router in routers(self.chunks):
+                router.requires_grad_(False)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
         self.optimizer = build_optimizer(self._ddp, config)
         self.scheduler = lr_scheduler(self.optimizer, config)

@@ -39,6 +39,10 @@ def lora(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("train.grads_dtype", "lora.rank"), "adapters and their gradients are float32; set grads_dtype to float32"
         )
+    if config.train.moe_freeze_router:
+        yield Violation(
+            ("train.moe_freeze_router", "lora.rank"), "adapters never train the routers; set moe_freeze_router to false"
+        )
     if config.train.optimizer_offload:
         yield Violation(
             ("train.optimizer_offload", "lora.rank"),

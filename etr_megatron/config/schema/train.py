@@ -57,6 +57,8 @@ class TrainConfig:
     moe_router_fp32: bool = False
     """Compute the router's matrix product in float32, whatever the model's type (models with experts). Always the case for
     GLM-4.5, GLM-4.7-Flash and DeepSeek-V3."""
+    moe_freeze_router: bool = False
+    """Do not train the routers (models with experts)."""
     routing_replay: bool = False
     """Train every token with the experts that the engine chose for it (Rollout Routing Replay, arXiv 2510.11370; models with
     experts). Rounding then no longer changes the choice. Servers at `sglang.urls` need `--enable-return-routed-experts`."""
