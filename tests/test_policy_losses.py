@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import etr_megatron
 from etr_megatron.objective import LossInputs, LossOutputs, regularized, token_weights
+from etr_megatron.policy import StepRouting
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 
@@ -146,17 +147,23 @@ def waits_of_an_update(model: str, sequences: list, overrides: list[str]) -> tup
     run_schedule, waits, sizes = policy_module.run_schedule, Waits(), []
     policy = build(model, overrides)
     batch = replace(make_batch(sequences), ref_logp=make_batch(sequences, seed=6).old_logp)
+    if (experts := policy.arch.experts) is not None:
+        shape = len(policy.arch.expert_layers), experts.per_token
+        chosen = [torch.zeros(len(one.prompt), *shape, dtype=torch.uint8) for one in batch.sequences]
+        batch = replace(
+            batch, routing=StepRouting.of([values + torch.arange(shape[1], dtype=torch.uint8) for values in chosen])
+        )
     with mock.patch.object(policy_module, "run_schedule", watched):
         policy.update(batch)
     return sizes[0], waits.places
 
 
-@pytest.mark.parametrize("preset", ["etr", "gspo"])
-def test_the_host_does_not_wait_for_its_gpu_between_microbatches(gangs, hf_models, preset):
+@pytest.mark.parametrize(("family", "preset"), [("qwen3", "etr"), ("qwen3", "gspo"), ("qwen3_moe", "etr")])
+def test_the_host_does_not_wait_for_its_gpu_between_microbatches(gangs, hf_models, family, preset):
     found = []
     for budget in (1, 1000):
         overrides = ["parallel.tp=1", f"objective.preset={preset}", "objective.kl_coef=0.1", "train.head_chunk_rows=7"]
-        job = dict(model=hf_models["qwen3"], sequences=random_sequences())
+        job = dict(model=hf_models[family], sequences=random_sequences())
         overrides += [f"train.tokens_per_microbatch={budget}"]
         found += gangs(1).run("tests.test_policy_losses:waits_of_an_update", **job, overrides=overrides)
     (many, of_many), (one, of_one) = found

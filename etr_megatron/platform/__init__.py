@@ -28,6 +28,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
 
 
+def to_device(values: torch.Tensor) -> torch.Tensor:
+    """The CPU tensor `values` on the device of this rank. The host does not wait for the GPU, as it would for a copy from
+    memory that is not pinned."""
+    return values.pin_memory().to(device(), non_blocking=True) if uses_cuda() else values
+
+
 def backend() -> str:
     """The torch.distributed backend of the policy's groups."""
     return "nccl" if uses_cuda() else "gloo"
@@ -91,4 +97,4 @@ def prepare_megatron() -> None:
     _prepared = True
 
 
-__all__ = ["backend", "device", "prepare_megatron", "release_cached_memory", "take_memory_peaks", "uses_cuda"]
+__all__ = ["backend", "device", "prepare_megatron", "release_cached_memory", "take_memory_peaks", "to_device", "uses_cuda"]

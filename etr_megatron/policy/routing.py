@@ -146,7 +146,7 @@ class RoutingReplay:
         """Experts of microbatch `number`: int16 [tokens that this rank routes, its MoE layers, experts per token]; -1 if
         unknown: after a sample's known tokens, in padding and in dummy sequences."""
         if self._latest is None or self._latest[0] != number:  # a pass asks once per layer
-            self._latest = number, self._of_this_rank(self._places[number]).to(platform.device())
+            self._latest = number, platform.to_device(self._of_this_rank(self._places[number]))
         return self._latest[1]
 
     def _of_this_rank(self, places: _Places) -> Tensor:
