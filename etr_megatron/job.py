@@ -17,6 +17,9 @@ from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
 from etr_megatron.config import Config, doubts, resolved
 from etr_megatron.data import (
+    AnyCursor,
+    BlendedCursor,
+    ProblemSet,
     PromptCursor,
     ReplyTokenizer,
     build_tiny_policy,
@@ -120,7 +123,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
         stops = stop_ids, StopStrings(config.rollout.stop_strings, tokenizer.decode)
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stops, directory, stop, nodes)))
     phases.meet("loading of the model")
-    cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
+    cursor = _cursor(config, problems)
     decode, grader = partial(tokenizer.decode, skip_special_tokens=True), workers.grader.grade if workers.grader else None
     dialogues = None
     if workers.environment is not None:
@@ -144,6 +147,13 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     gc.freeze()
     gc.enable()
     ending.run(trainer.run, lambda: trainer.trained)
+
+
+def _cursor(config: Config, problems: ProblemSet) -> AnyCursor:
+    data, seed = config.data, config.run.seed
+    if data.train_weights:
+        return BlendedCursor(problems, data.train_weights, seed=seed, shuffle=data.shuffle)
+    return PromptCursor(problems, seed, data.shuffle)
 
 
 def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:
@@ -210,7 +220,7 @@ def _engine(
 def _sampler(
     config: Config,
     engine: RolloutEngine | None,
-    cursor: PromptCursor,
+    cursor: AnyCursor,
     decode: Decode,
     grader: Grader | None,
     dialogues: Dialogues | None,

@@ -157,6 +157,10 @@ VIOLATIONS = [
         dict(objective__old_logp="engine", objective__preset="rloo", objective__kl_coef=0.1),
         ["objective.old_logp", "objective.kl_in"],
     ),
+    (dict(data__train={"a": "a.jsonl"}, data__train_weights={"b": 1.0}), ["data.train_weights", "data.train"]),
+    (dict(data__train={"a": "a.jsonl", "b": "b.jsonl"}, data__train_weights={"b": 1.0}), ["data.train_weights", "data.train"]),
+    (dict(data__train={"a": "a.jsonl"}, data__train_weights={"a": 0.0}), ["data.train_weights"]),
+    (dict(data__train_weights={"arithmetic": 1.0}), ["data.train_weights", "data.train"]),
     (dict(lora__rank=4, train__moe_freeze_router=True), ["train.moe_freeze_router", "lora.rank"]),
     (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
     (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
@@ -251,6 +255,8 @@ def other_values(key: str, value: Any) -> list[Any]:
     hint = hint_of(key)
     if get_origin(hint) is tuple:
         return [other for other in ((), ("another",)) if other != value]
+    if get_origin(hint) is dict:
+        return [other for other in ({}, {"another": 1.0}) if other != value]
     choices = [choice for one in (hint, *get_args(hint)) if get_origin(one) is Literal for choice in get_args(one)]
     numbers = {bool: [True, False], int: [0, 1, 2, 10**6], float: [0.0, 1e-3, 0.3, 1.0, 1e6]}
     kinds = {hint, *get_args(hint)}

@@ -62,6 +62,26 @@ def test_truncated_responses_can_be_left_out_of_the_loss(runs):
         assert row["truncated"] == 24 and row["loss"] == row["grad_norm"] == 0
 
 
+def test_training_sets_have_their_shares_in_every_step_and_after_a_restart(runs, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(5)))
+    sets = (f"data.train={{sums: arithmetic, few: {few}}}", "data.train_weights={sums: 1, few: 2}")
+    common = ("run.name=shares", ONE_RANK, *sets, "eval.every=0", "rollout.record=true")
+    for steps in (1, 2):
+        code, printed = runs.finish(*common, f"run.steps={steps}", "checkpoint.every=1")
+        assert code == 0, printed
+    rows = runs.rows("shares")
+    assert [(row["train/sums/groups"], row["train/few/groups"]) for row in rows] == [(2, 4)] * 2
+    drawn = [json.loads(line) for step in (1, 2) for line in recorded_lines(runs, "shares", step)]
+    ids = [group["problem"]["id"] for group in drawn if group["problem"]["id"].startswith("few/")]
+    assert len(ids) == 8 and len(set(ids[:5])) == 5  # the resumed run went on in the epoch
+
+
+def recorded_lines(runs, name: str, step: int) -> list[str]:
+    """The groups of a recorded step."""
+    return (runs.directory(name) / "recorded" / f"step_{step:06}.jsonl").read_text().splitlines()[1:]
+
+
 def test_further_numbers_of_the_reward_function_become_metrics_and_are_saved_with_the_responses(runs):
     own = ("run.name=parts", ONE_RANK, "reward.function=tests.rewards:in_parts", "run.steps=1", "eval.every=1")
     code, printed = runs.finish(*own)

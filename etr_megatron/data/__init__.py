@@ -1,5 +1,6 @@
 """Prompts with verifiable answers: sources, templates and the resumable cursor; also the tiny policy and its arithmetic."""
 
+from etr_megatron.data.blend import AnyCursor, BlendedCursor
 from etr_megatron.data.columns import columns_without_values, refuse_columns_of_no_set
 from etr_megatron.data.cursor import PromptCursor
 from etr_megatron.data.problems import ProblemSet, named, open_problems, refuse_unknown_tokens, set_of
@@ -9,6 +10,8 @@ from etr_megatron.data.rows import usable_rows
 from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
 
 __all__ = [
+    "AnyCursor",
+    "BlendedCursor",
     "ProblemSet",
     "PromptCursor",
     "ReplyTokenizer",

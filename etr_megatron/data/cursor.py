@@ -82,6 +82,11 @@ class PromptCursor:
             "seed": "run.seed",
             "shuffle": "data.shuffle",
         }
+        if "sets" in state:
+            raise UserError(
+                "the checkpoint's data position does not fit this run: data.train_weights was given; restore it, or start "
+                "under another run.name"
+            )
         for key, value in self._identity().items():
             if state[key] != value:
                 raise UserError(

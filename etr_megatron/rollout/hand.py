@@ -14,7 +14,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config
-from etr_megatron.data import PromptCursor
+from etr_megatron.data import AnyCursor
 from etr_megatron.errors import UserError
 from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
@@ -54,7 +54,7 @@ class Hand:
         self,
         config: Config,
         engine: StreamingEngine,
-        cursor: PromptCursor,
+        cursor: AnyCursor,
         decode: Decode,
         grader: Grader,
         dialogues: Dialogues | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etr_megatron.config import Config
-from etr_megatron.data import PromptCursor
+from etr_megatron.data import AnyCursor
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, Grader, grade_groups
 from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
@@ -119,7 +119,7 @@ class RoundSampler:
         self,
         config: Config,
         engine: RolloutEngine,
-        cursor: PromptCursor,
+        cursor: AnyCursor,
         decode: Decode,
         grader: Grader | None,
         dialogues: Dialogues | None = None,
@@ -195,7 +195,7 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
 class ReplaySampler:
     """Replays the groups of a recorded run. It needs no engine and draws no prompts."""
 
-    def __init__(self, config: Config, cursor: PromptCursor) -> None:
+    def __init__(self, config: Config, cursor: AnyCursor) -> None:
         self._config, self._cursor = config, cursor
         self._folder = Path(config.rollout.replay or "") / RECORDED
 

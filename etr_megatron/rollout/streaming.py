@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config
-from etr_megatron.data import PromptCursor
+from etr_megatron.data import AnyCursor
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.engine import MustStop, StreamingEngine, never
 from etr_megatron.rollout.hand import Hand
@@ -25,7 +25,7 @@ class StreamingSampler:
         self,
         config: Config,
         engine: StreamingEngine,
-        cursor: PromptCursor,
+        cursor: AnyCursor,
         decode: Decode,
         grader: Grader | None,
         dialogues: Dialogues | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -87,6 +88,7 @@ def data(config: Config) -> Iterator[Violation]:
     for key in ("data.train", "data.eval"):
         if isinstance(sets := get(config, key), dict):
             yield from _sets(key, sets)
+    yield from _weights(config)
     yield from _splits(config)
     yield from _samples(config)
     yield from _best(config)
@@ -111,6 +113,18 @@ def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
         yield Violation((key,), f"the set name {wrong[0]!r} may contain only letters, digits, `_`, `-` and `.`")
     if empty := [name for name, place in sets.items() if not place]:
         yield Violation((key,), f"the set {empty[0]} has no source; give it one, or remove it")
+
+
+def _weights(config: Config) -> Iterator[Violation]:
+    """Shares of the training sets."""
+    weights, keys = config.data.train_weights, ("data.train_weights", "data.train")
+    sets = sets_by_name(config.data.train) if isinstance(config.data.train, dict) else {}
+    if unknown := [name for name in weights if name not in sets]:
+        yield Violation(keys, f"data.train has no set named {unknown[0]!r}")
+    elif weights and (missing := [name for name in sets if name not in weights]):
+        yield Violation(keys, f"the set {missing[0]} has no weight; give it one, or remove the set")
+    if low := [name for name, weight in weights.items() if not 0 < weight < math.inf]:
+        yield Violation(keys[:1], f"the weight of {low[0]} must be greater than 0 and finite")
 
 
 def _splits(config: Config) -> Iterator[Violation]:
