@@ -144,7 +144,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()
-    ending.run(trainer.run, lambda: trainer.trained)
+    ending.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
 
 
 def _join(config: Config, stop: StopRequest) -> Phases:
