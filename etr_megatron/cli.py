@@ -1,4 +1,4 @@
-"""The command line that the launcher and the ranks share: `[--config CONFIG | CONFIG] [key=value ...]`."""
+"""The command line that the launcher and the ranks share: `[[--config] CONFIG] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CPU_CONFIG = "cpu_tiny.yaml"
 """The default config on a machine without a GPU."""
 
-USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
+USAGE = """[--rollout-only | --dry-run] [[--config] CONFIG] [key=value ...]
 
   CONFIG          a YAML file, such as configs/cpu_tiny.yaml (the default on a machine without a GPU)
   key=value       overrides of the config, such as run.name=first train.lr=1e-5
@@ -22,11 +22,16 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
   --dry-run       check config, layout, model, data files and memory for GPUs that need not be here; nothing is started. Takes
                   --gpus N [--gpu a100|h100|h200|b200] [--gpu-memory GIB] [--gpus-per-node N]; without --gpus it plans for the
                   fewest that the config fits on"""
+"""Arguments of a rank."""
+
+LAUNCHER_USAGE = f"[--nproc N] {USAGE}\n  --nproc N       processes to start on this machine"
+"""Arguments of the launcher."""
 
 
-def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
+def parse_args(argv: list[str], usage: str = USAGE) -> tuple[Path, list[str]]:
     """The config file and the overrides on a command line; without a config, `default_config` chooses.
 
+    usage: what the error for an unknown option shows.
     Raises `UserError` for an unknown option, an empty argument or a second config, and when `default_config` does.
     """
     config: str | None = None
@@ -45,7 +50,7 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
             overrides.append("rollout.only=true")
             continue
         elif argument.startswith("-"):
-            raise UserError(f"unknown option {argument}; usage: {USAGE}")
+            raise UserError(f"unknown option {argument}; usage: {usage}")
         elif "=" in argument:
             overrides.append(argument)
             continue

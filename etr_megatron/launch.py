@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, nodes_grouped, starts_servers
-from etr_megatron.cli import USAGE, asks_for_help, parse_args
+from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check the inputs, then start and watch the ranks; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if asks_for_help(arguments):
-        print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
+        print(f"usage: bash examples/run_etr.sh {LAUNCHER_USAGE}")
         return 0
     try:
         if "--dry-run" in arguments:
@@ -55,7 +55,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     fails.
     """
     asked, rest = _split_nproc(argv)
-    config_path, overrides = parse_args(rest)
+    config_path, overrides = parse_args(rest, LAUNCHER_USAGE)
     with beside_inputs():
         config = load_config(config_path, overrides)
     # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.

@@ -54,6 +54,17 @@ def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> 
     assert part in str(caught.value)
 
 
+def test_the_launchers_usage_has_all_of_its_options_wherever_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["[--nproc N]", "[--rollout-only | --dry-run]"]
+    assert main(["--help"]) == 0 and main(["--fast"]) == 2
+    told = capsys.readouterr()
+    script = (REPO / "examples" / "run_etr.sh").read_text().splitlines()
+    (line,) = [line for line in script if line.startswith("#   bash examples/run_etr.sh")]
+    for shown in (told.out, told.err, line):
+        assert [option for option in options if option not in shown] == []
+    assert "unknown option --fast" in told.err
+
+
 def shipped_configs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "cpu_tiny.yaml").write_text("# A small job.\nrun:\n  seed: 1\n")
     (folder / "big.yaml").write_text("# A big job.\n")
