@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -62,6 +63,20 @@ def parse_args(argv: list[str], usage: str = USAGE) -> tuple[Path, list[str]]:
     if config is not None:
         return Path(config), overrides
     return default_config(cuda=_runs_on_cuda(overrides)), overrides
+
+
+def last_of_each(overrides: list[str]) -> list[str]:
+    """The overrides that count: the last one of each key. Prints a note for a key that is given with different values.
+
+    The example scripts append an override to those of the user, so a repeated key is no mistake.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        values.setdefault(override.partition("=")[0].strip(), []).append(override)
+    for key, given in values.items():
+        if len(set(given)) > 1:
+            print(f"note: {key} is given {len(given)} times on the command line; the last counts: {given[-1]}", file=sys.stderr)
+    return [given[-1] for given in values.values()]
 
 
 def given_path(text: str) -> Path:

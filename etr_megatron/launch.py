@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, nodes_grouped, starts_servers
-from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, parse_args
+from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, last_of_each, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
@@ -56,6 +56,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     """
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest, LAUNCHER_USAGE)
+    overrides = last_of_each(overrides)  # the ranks get these, and do not repeat the note
     with beside_inputs():
         config = load_config(config_path, overrides)
     # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.
