@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, nodes_grouped, starts_servers
+from etr_megatron.checks import check_inputs, nodes_apart, nodes_grouped, starts_servers
 from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, last_of_each, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
+from etr_megatron.quick_checks import beside_inputs
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     """Run every check that needs no ranks; returns the number of processes, the config file, overrides and `run.stop_grace_s`.
 
     The checks run in stages: command line, config, layout, inputs. Raises `UserError` with all problems of the first stage that
-    fails.
+    fails. If the config or the layout is invalid, quick checks of the inputs are added.
     """
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest, LAUNCHER_USAGE)

@@ -8,7 +8,6 @@ import sys
 
 from etr_megatron import platform
 from etr_megatron.checks import (
-    beside_inputs,
     check_inputs,
     check_server_node,
     meets_servers_in_nccl,
@@ -20,6 +19,7 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
+from etr_megatron.quick_checks import beside_inputs
 from etr_megatron.status import exit_code_of, run_and_leave
 
 
