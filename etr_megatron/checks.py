@@ -6,16 +6,14 @@ Every check raises UserError, which names the key, its value and the fix.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.check_functions import check_environment, check_functions, check_loss, check_reward
+from etr_megatron.check_functions import check_functions
 from etr_megatron.config import (
     Config,
-    InvalidConfigError,
     ParallelConfig,
     Source,
     response_limits,
@@ -25,7 +23,7 @@ from etr_megatron.config import (
 )
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory, require_wandb
-from etr_megatron.platform.files import problems_of, refuse_all
+from etr_megatron.platform.files import refuse_all
 from etr_megatron.platform.world import number_apart
 from etr_megatron.served import check_served
 from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
@@ -59,37 +57,6 @@ def check_server_node(config: Config, world_size: int) -> None:
     refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
 
-@contextmanager
-def beside_inputs() -> Iterator[None]:
-    """Extend an InvalidConfigError raised inside the block with the problems of the config's inputs.
-
-    Runs only quick checks, so that a user with a misspelled key does not wait until the data is read. Skips checks that depend
-    on a wrong key.
-    """
-    try:
-        yield
-    except InvalidConfigError as error:
-        checks = _quick_checks(error.config)
-        problems = problems_of(check for check, keys in checks if error.doubtful.isdisjoint(keys))
-        raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
-
-
-def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:
-    """The fast checks (or fast parts of checks) of `check_inputs`, each with the keys it depends on."""
-    yield lambda: check_model_is_there(config), ("model.path",)
-    for source in sources_of(config.data):
-        if source.is_file and not Path(source.location).exists():  # an existing file would be read in full
-            yield partial(check_source, source, config), (f"data.{source.split}",)
-    yield lambda: check_reward(config), ("reward.function", "reward.columns")
-    yield lambda: check_environment(config), ("environment.function", "rollout.replay")
-    yield lambda: check_loss(config), ("objective.loss", "objective.preset")
-    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay", "rollout.only")
-    yield lambda: require_wandb(config), ("observe.wandb_project",)
-    yield lambda: check_replay(config, 0), ("rollout.replay",)
-    size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
-    yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
-
-
 def check_model(config: Config, world_size: int) -> None:
     """Check that the checkpoint is complete, of a supported architecture, and fits the parallel layout."""
     name = config.model.path
@@ -105,10 +72,9 @@ def check_model(config: Config, world_size: int) -> None:
 
             check_adapters(tiny_architecture(tiny), config)
         return
-    check_model_is_there(config)
-    from etr_megatron.weights import check_checkpoint, read_architecture
+    architecture = check_description(config)
+    from etr_megatron.weights import check_checkpoint
 
-    architecture = read_architecture(name)
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
@@ -118,19 +84,29 @@ def check_model(config: Config, world_size: int) -> None:
             raise UserError(f"a server cannot split {model}: {error}") from None
     check_checkpoint(name, values=True)
     check_context(architecture, config)
-    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
-        raise UserError(
-            f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy its tokenizer files there"
-        )
+    check_tokenizer_files(config)
 
 
-def check_model_is_there(config: Config) -> None:
-    """Check that the model directory exists."""
+def check_description(config: Config) -> Architecture:
+    """Check that the model directory, other than `tiny`, exists and that its config.json describes a supported architecture;
+    returns the architecture."""
     name = config.model.path
-    if name != "tiny" and not Path(name).is_dir():
+    if not Path(name).is_dir():
         raise UserError(
             f"model.path: {name} is not a directory; give a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, "
             "Qwen3-MoE, GLM-4.5, GLM-4.7-Flash or DeepSeek-V3), a directory written by tools/convert_hf.py, or tiny"
+        )
+    from etr_megatron.weights import read_architecture
+
+    return read_architecture(name)
+
+
+def check_tokenizer_files(config: Config) -> None:
+    """Check that the model directory has a tokenizer."""
+    name = config.model.path
+    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy its tokenizer files there"
         )
 
 

@@ -1,8 +1,9 @@
-"""The command line that the launcher and the ranks share: `[--config CONFIG | CONFIG] [key=value ...]`."""
+"""The command line that the launcher and the ranks share: `[[--config] CONFIG] [key=value ...]`."""
 
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -14,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CPU_CONFIG = "cpu_tiny.yaml"
 """The default config on a machine without a GPU."""
 
-USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
+USAGE = """[--rollout-only | --dry-run] [[--config] CONFIG] [key=value ...]
 
   CONFIG          a YAML file, such as configs/cpu_tiny.yaml (the default on a machine without a GPU)
   key=value       overrides of the config, such as run.name=first train.lr=1e-5
@@ -22,11 +23,16 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
   --dry-run       check config, layout, model, data files and memory for GPUs that need not be here; nothing is started. Takes
                   --gpus N [--gpu a100|h100|h200|b200] [--gpu-memory GIB] [--gpus-per-node N]; without --gpus it plans for the
                   fewest that the config fits on"""
+"""Arguments of a rank."""
+
+LAUNCHER_USAGE = f"[--nproc N] {USAGE}\n  --nproc N       processes to start on this machine"
+"""Arguments of the launcher."""
 
 
-def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
+def parse_args(argv: list[str], usage: str = USAGE) -> tuple[Path, list[str]]:
     """The config file and the overrides on a command line; without a config, `default_config` chooses.
 
+    usage: what the error for an unknown option shows.
     Raises `UserError` for an unknown option, an empty argument or a second config, and when `default_config` does.
     """
     config: str | None = None
@@ -45,7 +51,7 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
             overrides.append("rollout.only=true")
             continue
         elif argument.startswith("-"):
-            raise UserError(f"unknown option {argument}; usage: {USAGE}")
+            raise UserError(f"unknown option {argument}; usage: {usage}")
         elif "=" in argument:
             overrides.append(argument)
             continue
@@ -57,6 +63,20 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     if config is not None:
         return Path(config), overrides
     return default_config(cuda=_runs_on_cuda(overrides)), overrides
+
+
+def last_of_each(overrides: list[str]) -> list[str]:
+    """The overrides that count: the last one of each key. Prints a note for a key that is given with different values.
+
+    The example scripts append an override to those of the user, so a repeated key is no mistake.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        values.setdefault(override.partition("=")[0].strip(), []).append(override)
+    for key, given in values.items():
+        if len(set(given)) > 1:
+            print(f"note: {key} is given {len(given)} times on the command line; the last counts: {given[-1]}", file=sys.stderr)
+    return [given[-1] for given in values.values()]
 
 
 def given_path(text: str) -> Path:

@@ -40,6 +40,7 @@ class Ending:
         self._is_over, self._lock = False, threading.Lock()
         self._requeued: RequeueError | None = None
         self._trained: Callable[[], int] | None = None
+        self._has_begun: Callable[[], bool] = lambda: False
         stop.report_to(self._told, self._out_of_time)
 
     @contextmanager
@@ -56,12 +57,13 @@ class Ending:
             self._leave(error)
             raise
 
-    def run(self, train: Callable[[], None], trained: Callable[[], int]) -> None:
-        """Call `train`, the loop over all steps, and write how it ended. trained: returns the last completed step.
+    def run(self, train: Callable[[], None], trained: Callable[[], int], has_begun: Callable[[], bool]) -> None:
+        """Call `train`, the loop over all steps, and write how it ended. trained: returns the last completed step. has_begun:
+        returns whether this start has changed the run; a start that fails before leaves an earlier one's status as it is.
 
         Raises the error of `train`, or RequeueError for any error after SIGTERM.
         """
-        self._trained = trained
+        self._trained, self._has_begun = trained, has_begun
         try:
             train()
         except RequeueError as error:
@@ -142,6 +144,8 @@ class Ending:
 
     def _write(self, state: RunState, step: int, message: str) -> None:
         """Write the status. Errors are ignored: on a full disk it may not fit, and they must not hide the run's own error."""
+        if state == "failed" and not self._has_begun() and self._directory.status_file.exists():
+            return  # it is the earlier start's, and still true
         if self._attendance.speaks:
             with suppress(UserError):
                 self._directory.write_status(state, step, self._config.run.steps, message)

@@ -59,10 +59,7 @@ def run_rank(config: Config) -> None:
     checkpoint = initial_checkpoint(config)
     with ExitStack() as stack:
         workers = _Workers.start(config, stack)
-        # torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting, so the others
-        # cannot stop there with a checkpoint.
-        stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s, given_up))
-        _train(config, checkpoint, workers, stack, stop)
+        _train(config, checkpoint, workers, stack)
 
 
 def initial_checkpoint(config: Config) -> Path:
@@ -94,9 +91,9 @@ class _Workers:
         )
 
 
-def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack, stop: StopRequest) -> None:
+def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack) -> None:
     from etr_megatron.ending import Ending
-    from etr_megatron.policy import Policy, configured_layout, init_world
+    from etr_megatron.policy import Policy, configured_layout
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.problem_sets import open_sets
     from etr_megatron.rollout.dialogues import Dialogues
@@ -104,7 +101,12 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
-    init_world(config.run.phase_timeout_s)
+    stop = StopRequest()
+    phases = _join(config, stop)
+    # Not before all ranks have joined: SIGTERM ends those that have not, and the others would wait for them until the grace
+    # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting,
+    # so the others cannot stop there with a checkpoint.
+    stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
     require_fp8(config.fp8)  # before spending minutes on server startup
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
@@ -115,7 +117,6 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     ending = Ending(config, directory, Attendance.of_job(), stop)
     stack.enter_context(ending.before_a_step())
-    phases = Phases(config.run.phase_timeout_s, must_stop=stop)
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
     engine = None
@@ -146,7 +147,15 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()
-    ending.run(trainer.run, lambda: trainer.trained)
+    ending.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
+
+
+def _join(config: Config, stop: StopRequest) -> Phases:
+    """Join the job's world; returns when all ranks have. SIGTERM ends a rank that waits here at once."""
+    from etr_megatron.policy import init_world
+
+    init_world(config.run.phase_timeout_s)
+    return Phases(config.run.phase_timeout_s, must_stop=stop)  # connects all ranks; NCCL would connect them only when used
 
 
 def _cursor(config: Config, problems: ProblemSet) -> AnyCursor:

@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, nodes_grouped, starts_servers
-from etr_megatron.cli import USAGE, asks_for_help, parse_args
+from etr_megatron.checks import check_inputs, nodes_apart, nodes_grouped, starts_servers
+from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, last_of_each, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
+from etr_megatron.quick_checks import beside_inputs
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check the inputs, then start and watch the ranks; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if asks_for_help(arguments):
-        print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
+        print(f"usage: bash examples/run_etr.sh {LAUNCHER_USAGE}")
         return 0
     try:
         if "--dry-run" in arguments:
@@ -52,10 +53,11 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     """Run every check that needs no ranks; returns the number of processes, the config file, overrides and `run.stop_grace_s`.
 
     The checks run in stages: command line, config, layout, inputs. Raises `UserError` with all problems of the first stage that
-    fails.
+    fails. If the config or the layout is invalid, quick checks of the inputs are added.
     """
     asked, rest = _split_nproc(argv)
-    config_path, overrides = parse_args(rest)
+    config_path, overrides = parse_args(rest, LAUNCHER_USAGE)
+    overrides = last_of_each(overrides)  # the ranks get these, and do not repeat the note
     with beside_inputs():
         config = load_config(config_path, overrides)
     # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.

@@ -8,18 +8,18 @@ import sys
 
 from etr_megatron import platform
 from etr_megatron.checks import (
-    beside_inputs,
     check_inputs,
     check_server_node,
     meets_servers_in_nccl,
     nodes_apart,
     nodes_grouped,
 )
-from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
+from etr_megatron.cli import USAGE, asks_for_help, last_of_each, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
+from etr_megatron.quick_checks import beside_inputs
 from etr_megatron.status import exit_code_of, run_and_leave
 
 
@@ -42,6 +42,8 @@ def _run(argv: list[str]) -> int:
     # overlap with it. CUDA reads the variable at initialization.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
+    if os.environ.get("RANK", "0") == "0":  # one note is enough
+        last_of_each(overrides)
     with beside_inputs():
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform

@@ -85,6 +85,8 @@ class Trainer:
         self.step = 0
         self.trained = 0
         """The last completed step."""
+        self.has_begun = False
+        """Whether the run has been resumed or begun anew: its outputs are those of this start."""
         self._version = 0  # the step that made the policy's weights; below `trained` in a rollout-only run
         self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
@@ -366,6 +368,7 @@ class Trainer:
                 self.sampler.load_state_dict(reached.sampler)
                 self.step = self.trained = reached.step
         self._phases.meet("resume")
+        self.has_begun = True
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
             self._directory.continue_with(self.config, self.step)

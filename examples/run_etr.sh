@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Starts a training job. This file is valid bash AND valid Python, so both of these work:
 #
-#   bash examples/run_etr.sh [--nproc N] [CONFIG] [key=value ...]        sets up .venv, checks the input, starts torchrun
-#   torchrun [--nnodes ... --nproc-per-node N] examples/run_etr.sh [CONFIG] [key=value ...]
+#   bash examples/run_etr.sh [--nproc N] [--rollout-only | --dry-run] [CONFIG] [key=value ...]
+#   torchrun [--nnodes ... --nproc-per-node N] examples/run_etr.sh [--rollout-only] [CONFIG] [key=value ...]
+#
+# The first sets up .venv, checks the input and starts torchrun. --help explains the arguments.
 #
 # torchrun runs its argument as Python. To Python, the bash part below is a string: the module's docstring. To bash, the
 # string's opening quotes are the no-op command `:`, and the Python part is a here-document that nothing reads.

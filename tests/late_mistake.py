@@ -1,24 +1,35 @@
-"""A module for `reward.function` that lacks the function, which shows late: only a node's first rank imports it as a check."""
+"""A module for `reward.function` that holds the first rank, the only one of a node that imports it as a check, until the second
+has joined and waits for it. The function `none` is missing, which shows only then.
+
+With LATE in the environment, the first rank then makes that file and stays, so that it never joins.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
+
+from tests.rewards import digit_sum_is_even
 from tests.runs import wait_for
 
+__all__ = ["digit_sum_is_even"]
 
-def _listens() -> bool:
-    """Whether the second rank would handle SIGTERM: it has joined, and waits for the first."""
+
+def _waits() -> bool:
+    """Whether the second rank has joined: it has a connection to the job's store."""
     parent = os.getppid()
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        process = Path("/proc", child)
-        if "RANK=1" in (process / "environ").read_text().split("\0"):
-            caught = next(line for line in (process / "status").read_text().splitlines() if line.startswith("SigCgt:"))
-            return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+        if "RANK=1" in Path("/proc", child, "environ").read_text().split("\0"):
+            return any(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process(int(child)).net_connections("tcp"))
     return False
 
 
-if os.environ.get("RANK") == "0":
-    wait_for(_listens)
+if os.environ.get("RANK") == "0" and "etr_megatron.checks" in sys.modules:  # its graders lack that
+    wait_for(_waits)
+    if late := os.environ.get("LATE"):
+        Path(late).touch()
+        time.sleep(3600)

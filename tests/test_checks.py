@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from etr_megatron import quick_checks
 from etr_megatron.check_functions import check_functions
-from etr_megatron.checks import beside_inputs, check_attention, check_inputs, check_layers
+from etr_megatron.checks import check_attention, check_inputs, check_layers
 from etr_megatron.config import (
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from etr_megatron.config import (
 )
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory
+from etr_megatron.quick_checks import beside_inputs
 from etr_megatron.rollout.record import write_record
 from etr_megatron.types import Group, Problem, Sample
 
@@ -323,6 +325,28 @@ def test_what_a_wrong_config_names_and_is_not_there_is_told_with_its_other_mista
         "rollout.replay: ",
     ]
     assert [line[: len(one)] for line, one in zip(told, beginnings, strict=True)] == beginnings
+
+
+def test_rows_and_the_models_description_are_checked_beside_a_wrong_config(
+    hf_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?"}\n')
+    data = [f"data.train={rows}", "data.eval=null", "eval.every=0"]
+    (told,) = told_beside(tmp_path, *data)
+    assert told.startswith("data.train: rows.jsonl:2 of")
+    (told,) = told_beside(tmp_path, *data, "data.answer_colum=reply")
+    assert told.startswith("data.answer_colum (command line): unknown key")
+    monkeypatch.setattr(quick_checks, "_MOST_BYTES", 10)
+    assert told_beside(tmp_path, *data) == []
+    untokenized = tmp_path / "model"
+    untokenized.mkdir()
+    (untokenized / "config.json").write_bytes((Path(hf_models["qwen3"]) / "config.json").read_bytes())
+    tokenizer, context = told_beside(tmp_path, f"model.path={untokenized}")
+    assert "has no tokenizer" in tokenizer and "has a context of" in context
+    (untokenized / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (told,) = told_beside(tmp_path, f"model.path={untokenized}")
+    assert "BertModel" in told
 
 
 def test_what_goes_by_a_key_that_is_wrong_itself_is_not_told_beside_it(tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("run.steps=true", "whole number"),
         ("run.steps=1.5", "whole number"),
         ("run.steps=1e3", "whole number"),
-        ("run.steps=", "whole number"),
         ("run.steps='5'", "whole number"),
         ("run.steps=1_", "whole number"),
         ("train.lr=1__0", "a finite number"),
@@ -141,14 +140,23 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("data.chat_template_kwargs={a: [b]}", "a mapping of names to values, such as {a: true, b: text}"),
         ("data.prompt_column=[question", "a list of strings"),
         ("data.prompt_column={a: b}", "a list of strings"),
-        ("model.path=", "text"),
     ],
 )
 def test_wrong_type_names_key_value_and_expectation(override, expected):
     text = message(None, override)
     key, _, value = override.partition("=")
-    assert f"{key} = {value or 'null'} (command line): must be " in text
+    assert f"{key} = {value} (command line): must be " in text
     assert expected in text
+
+
+def test_a_value_that_is_empty_is_called_so_and_not_null(tmp_path):
+    """As after run.name=$NAME with a variable that is not set."""
+    text = message(write(tmp_path, "train:\n  lr:\n"), "run.name=", "run.steps= ")
+    assert "run.name (command line): the value is empty; give text, or leave the key out for its default" in text
+    assert "run.steps (command line): the value is empty; give a whole number, or" in text
+    assert f"train.lr ({tmp_path}/job.yaml:2): the value is empty; give a finite number, or" in text
+    assert "null" not in text
+    assert "run.name = null (command line): must be text" in message(None, "run.name=null")
 
 
 @pytest.mark.parametrize(

@@ -186,10 +186,10 @@ def test_told_to_stop_while_replies_are_awaited_nothing_is_left_behind(one_rank)
     assert [sample.response_ids.tolist() for group in groups for sample in group.samples] == before
 
 
-def sampler_of(engine: Engine, environment: Environment, grade) -> RoundSampler:
+def sampler_of(engine: Engine, environment: Environment, grade, **rollout) -> RoundSampler:
     config = Config(
         run=RunConfig(seed=5),
-        rollout=RolloutConfig(prompts_per_step=2, samples_per_prompt=2, max_response_tokens=20),
+        rollout=RolloutConfig(prompts_per_step=2, samples_per_prompt=2, max_response_tokens=20, **rollout),
         environment=EnvironmentConfig(function="some:reply"),
     )
     cursor = PromptCursor(problems(4), seed=1, shuffle=False)
@@ -233,3 +233,26 @@ def test_an_environment_that_always_fails_ends_the_run_and_one_that_fails_at_tim
     taken = sampler.take(1, timer)
     assert "2 of 4 calls of environment.function failed, which ended their responses" in caplog.text
     assert [group.samples[0].environment_status for group in taken.groups] == ["error", "ok"]
+
+
+def fails_second(request) -> EnvironmentReply:
+    turns = sum(message["role"] == "assistant" for message in request.messages)
+    return says("4 4") if turns == 1 else EnvironmentReply(None, "error", "it raised KeyError: 'x'")
+
+
+def test_failed_calls_that_end_all_responses_of_a_step_end_the_run_though_calls_before_them_succeeded(one_rank):
+    sampler = sampler_of(engine := Engine(), Environment(fails_second), None, dynamic_sampling=True)
+    with pytest.raises(UngradedError, match=r"ended all 4 responses; the last: it raised KeyError: 'x' \(problem p[01]\); fix"):
+        sampler.take(1, timer)
+    assert {problem.id.partition("/")[0] for problem, _, _ in engine.asked} == {"p0", "p1"}  # no further prompts
+
+
+def test_failed_calls_that_end_all_responses_of_a_later_round_do_not_end_the_run(one_rank):
+    """p1 is flat, so p2 replaces it."""
+
+    def grade(requests):
+        return [Grade(float(place % 2 and one.answer == "0"), "ok", "") for place, one in enumerate(requests)]
+
+    environment = Environment(lambda request: fails_second(request) if request.answer == "2" else ENDS)
+    taken = sampler_of(Engine(), environment, grade, dynamic_sampling=True).take(1, timer)
+    assert [group.problem.id for group in taken.groups] == ["p0", "p1"] and taken.counts["groups_asked"] == 3

@@ -36,6 +36,18 @@ def test_sigterm_while_the_model_is_loaded_asks_to_be_started_again(runs):
     assert status_of(runs) == ("finished", 1)
 
 
+@pytest.mark.slow
+def test_sigterm_does_not_let_a_rank_wait_for_one_that_it_ended_before_it_joined(runs, monkeypatch):
+    late = runs.folder / "late"
+    monkeypatch.setenv("LATE", str(late))
+    process = runs.start(*QUICK, "reward.function=tests.late_mistake:digit_sum_is_even", cold=True)
+    wait_for(lambda: late.exists() or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)  # shorter than the grace
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "Traceback" not in out + err and status_of(runs) is None
+
+
 def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
     deaf = [f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.deaf_server]"]
     process = runs.start(*QUICK, "parallel.tp=1", "rollout.backend=sglang", *deaf)

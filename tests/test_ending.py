@@ -49,7 +49,7 @@ class Job:
         self.process.kill()
         wait_for(lambda: attendance._begun(self.process.pid) is None)
 
-    def run(self, *, error: Exception | None, told: bool) -> None:
+    def run(self, *, error: Exception | None, told: bool, has_begun: bool = True) -> None:
         def train() -> None:
             if told:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -58,7 +58,7 @@ class Job:
                 raise error
 
         with self.stop.on_sigterm(600):
-            self.ending.run(train, lambda: 7)
+            self.ending.run(train, lambda: 7, lambda: has_begun)
 
     @property
     def status(self) -> tuple[str, int, str]:
@@ -134,7 +134,7 @@ def test_a_rank_that_waits_for_one_that_is_gone_says_so_before_it_is_ended_itsel
 
     seen: list[tuple[str, int, str]] = []
     with job.stop.on_sigterm(600):
-        job.ending.run(train, lambda: 7)
+        job.ending.run(train, lambda: 7, lambda: True)
     assert seen == [("failed", 7, f"rank 1 (pid {job.process.pid} on elsewhere) ended without a word, as after SIGKILL")]
 
 
@@ -144,6 +144,23 @@ def test_an_error_of_a_job_that_lost_nobody_is_told_as_it_is(job, monkeypatch, e
     with pytest.raises(type(error)):
         job.run(error=error, told=False)
     assert job.status == ("failed", 7, str(error))
+
+
+@pytest.mark.parametrize("lost", [False, True])  # torchrun then sends SIGTERM to the rank that is left
+def test_a_start_that_fails_before_it_has_changed_anything_leaves_the_status_of_the_one_before_it(job, monkeypatch, lost):
+    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    job.directory.write_status("finished", 4, 4)
+    before = job.directory.status_file.read_bytes()
+    if lost:
+        job.kill()
+    refused = UserError("step_000004 does not fit this config")
+    with pytest.raises(UserError):
+        job.run(error=refused, told=lost, has_begun=False)
+    assert job.directory.status_file.read_bytes() == before
+    job.directory.status_file.unlink()
+    with pytest.raises(UserError):
+        job.run(error=refused, told=False, has_begun=False)
+    assert job.status == ("failed", 7, str(refused))
 
 
 @pytest.mark.parametrize("told", [False, True])

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from etr_megatron.environment import EnvironmentReply
 from etr_megatron.errors import UserError
 from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
@@ -326,6 +327,45 @@ def test_a_checkpoint_that_is_saved_before_the_failures_are_noticed_asks_again_t
     state = saved(hand)
     assert any(one.environment_status == "error" for held in hand._groups for one in held.group.samples)  # as before
     with pytest.raises(UngradedError):
+        hand.take(2, timer)
+    again = Talker()
+    again.weight_version = 1
+    assert_dialogues(resumed(hand, again, Environment(), state, **AHEAD).take(2, timer))
+
+
+class Endless(Environment):
+    """Once `is_broken`, calls get replies, except that those which would end a response fail."""
+
+    is_broken = True
+
+    def _reply(self, request):
+        reply = super()._reply(request)
+        return EnvironmentReply(None, "error", "no end") if self.is_broken and reply.messages is None else reply
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 8), (dict(dynamic_sampling=True, max_oversample=1.5), 12)])
+def test_when_failed_calls_end_all_responses_of_a_step_the_run_ends_though_others_succeed(options, count, without_background):
+    hand = hand_of(Talker(), environment=(environment := Endless()), **options)
+    said = rf"^failed calls of environment.function ended all {count} responses; the last: no end \(problem p\d\); fix env"
+    with pytest.raises(UngradedError, match=said):
+        hand.take(1, timer)
+    assert len(environment.asked) > count  # more than one call for some
+    hand.put_back(1)
+    assert_dialogues(resumed(hand, Talker(), Environment(), **options).take(1, timer))
+
+
+def test_a_checkpoint_that_is_saved_before_that_is_noticed_asks_again_too(without_background):
+    environment, engine = Endless(), Talker(beside=50)
+    environment.is_broken = False
+    hand = hand_of(engine, environment=environment, **AHEAD)
+    hand.take(1, timer)
+    environment.is_broken = True
+    sync(hand, engine)
+    while any(held.missing for held in hand._groups):
+        hand._go_on(0.01)
+    assert all(one.call_failed for held in hand._groups for one in held.group.samples)
+    state = saved(hand)
+    with pytest.raises(UngradedError, match="ended all 8 responses"):
         hand.take(2, timer)
     again = Talker()
     again.weight_version = 1

@@ -54,6 +54,30 @@ def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> 
     assert part in str(caught.value)
 
 
+def test_the_launchers_usage_has_all_of_its_options_wherever_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["[--nproc N]", "[--rollout-only | --dry-run]"]
+    assert main(["--help"]) == 0 and main(["--fast"]) == 2
+    told = capsys.readouterr()
+    script = (REPO / "examples" / "run_etr.sh").read_text().splitlines()
+    (line,) = [line for line in script if line.startswith("#   bash examples/run_etr.sh")]
+    for shown in (told.out, told.err, line):
+        assert [option for option in options if option not in shown] == []
+    assert "unknown option --fast" in told.err
+
+
+def test_of_a_key_that_is_given_twice_the_last_value_counts_and_a_note_says_so(
+    small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a script appends an override to those of the user."""
+    repeated = ["run.seed=3", "run.stop_grace_s=9", "parallel.tp=1", "run.seed=4", "parallel.tp=1"]
+    _, _, overrides, grace_s = prepare([small, *repeated, "run.stop_grace_s=8"])
+    assert sorted(overrides) == ["parallel.tp=1", "run.seed=4", "run.stop_grace_s=8"] and grace_s == 8
+    assert capsys.readouterr().err.splitlines() == [
+        "note: run.seed is given 2 times on the command line; the last counts: run.seed=4",
+        "note: run.stop_grace_s is given 2 times on the command line; the last counts: run.stop_grace_s=8",
+    ]
+
+
 def shipped_configs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "cpu_tiny.yaml").write_text("# A small job.\nrun:\n  seed: 1\n")
     (folder / "big.yaml").write_text("# A big job.\n")

@@ -31,23 +31,31 @@ def trainer_without_parts() -> tuple[Any, list[int]]:
     trainer._stop_request = StopRequest()
     trainer._phases = Phases(60, must_stop=trainer._stop_request)
     trainer._open_recorder = trainer._unrecorded = None
+    trainer.has_begun = False
     trainer._save = lambda: saved.append(trainer.step)
     trainer._run_steps = lambda: saved.append(-1)
     return trainer, saved
 
 
-def resumed_and_stopped() -> tuple[int, list[int]]:
-    """(the step that a resume loads, the steps that a stop right after it saves) when rank 1 does not see step 7 yet."""
+def resumed_and_stopped() -> tuple[int, list[int], list[bool]]:
+    """(the step that a resume loads, the steps that a stop right after it saves, whether the run has begun while the checkpoint
+    is loaded and after the resume) when rank 1 does not see step 7 yet."""
     trainer, saved = trainer_without_parts()
-    seen = SimpleNamespace(latest_step=lambda folder: 7 - dist.get_rank(), load=lambda folder, step, policy: {})
+    begun: list[bool] = []
+
+    def load(folder: Any, step: int, policy: Any) -> dict[str, Any]:
+        begun.append(trainer.has_begun)
+        return {}
+
+    seen = SimpleNamespace(latest_step=lambda folder: 7 - dist.get_rank(), load=load)
     with mock.patch.object(module, "checkpoint", seen):
         trainer._resume()
         trainer._save_what_is_trained()
-    return trainer.step, saved
+    return trainer.step, saved, [*begun, trainer.has_begun]
 
 
 def test_a_node_that_does_not_see_the_newest_checkpoint_yet_takes_it_up_all_the_same(gangs):
-    assert gangs(2).run("tests.test_resume:resumed_and_stopped") == [(7, []), (7, [])]
+    assert gangs(2).run("tests.test_resume:resumed_and_stopped") == [(7, [], [False, True])] * 2
 
 
 def told_to_stop_while_loading() -> tuple[str, list[int]]:

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from etr_megatron.cli import given_path
+from etr_megatron.cli import given_path, last_of_each
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import GPUS, make_plan, render, suggestions
@@ -43,7 +43,7 @@ def main() -> int:
         response=args.mean_response,
     )
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, last_of_each(args.overrides))
         plan = make_plan(config, args.gpus, **options)
         advice = [] if args.json else suggestions(config, plan, **options)
     except UserError as error:

@@ -7,7 +7,15 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
-from etr_megatron.config.defaults import fill_objective, resolved, response_limits, startup_timeout_of, sync_of, tensor_parallel
+from etr_megatron.config.defaults import (
+    EVALUATED,
+    fill_objective,
+    resolved,
+    response_limits,
+    startup_timeout_of,
+    sync_of,
+    tensor_parallel,
+)
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.load import load_config
@@ -38,6 +46,7 @@ from etr_megatron.config.validate import doubts, validate
 
 __all__ = [
     "ARITHMETIC",
+    "EVALUATED",
     "LOSSES",
     "PRESETS",
     "ArithmeticConfig",

@@ -38,7 +38,8 @@ class _Problems:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One value as the user wrote it. verbatim: the raw text of an override, None in a file."""
+    """One value as the user wrote it. shown: its text, shortened for messages. verbatim: the raw text of an override, None in a
+    file."""
 
     section: str
     name: str
@@ -73,7 +74,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         try:
             value = _value(setting)
         except Mismatch as mismatch:
-            problems.tell(f"{setting.key} = {setting.shown} ({setting.source}): must be {mismatch}", [setting.key])
+            problems.tell(_told_mismatch(setting, mismatch), [setting.key])
             continue
         section = replace(getattr(config, setting.section), **{setting.name: value})
         config = replace(config, **{setting.section: section})
@@ -94,6 +95,12 @@ def _value(setting: _Setting) -> Any:
         assert setting.verbatim is not None  # nothing is read from a file that is not
         return plain_text(setting.verbatim, hint)
     return coerce(setting.node, hint, setting.verbatim)
+
+
+def _told_mismatch(setting: _Setting, mismatch: Mismatch) -> str:
+    if not setting.shown:
+        return f"{setting.key} ({setting.source}): the value is empty; give {mismatch}, or leave the key out for its default"
+    return f"{setting.key} = {setting.shown} ({setting.source}): must be {mismatch}"
 
 
 def _read_override(override: str, problems: _Problems) -> _Setting | None:
@@ -219,5 +226,5 @@ def _suggestion(names: list[str]) -> tuple[list[str], str]:
 
 
 def _shorten(text: str) -> str:
-    text = " ".join(text.split()) or "null"
+    text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."

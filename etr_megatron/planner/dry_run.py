@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from etr_megatron.cli import parse_args
+from etr_megatron.cli import last_of_each, parse_args
 from etr_megatron.config import ARITHMETIC, Config, load_config, sources_of
 from etr_megatron.errors import UserError
 from etr_megatron.planner.advice import suggestions
@@ -62,7 +62,7 @@ def check_and_print(argv: Sequence[str]) -> None:
         raise UserError("--dry-run starts no processes: give --gpus instead of --nproc")
     options = dict(gpu=GPUS[args.gpu], gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
     path, overrides = parse_args(rest)
-    config = load_config(path, overrides)
+    config = load_config(path, last_of_each(overrides))
     plan = fewest_gpus(config, **options) if args.gpus is None else make_plan(config, args.gpus, **options)
     looked_at = [check_weights(plan.config), check_problems(plan.config)]
     built = distinct_ranks(plan)

@@ -52,11 +52,12 @@ class _Call:
 
 @dataclass
 class _Outcomes:
-    """Results of an owner's calls since its last report. failure: why the first failed call failed. worked: whether any call in
-    the period before that report succeeded."""
+    """Results of an owner's calls since its last report. failure: why the first failed call failed. last_failure: why the last
+    one failed, also before that report. worked: whether any call in the period before that report succeeded."""
 
     status: Counter[str] = field(default_factory=Counter)
     failure: str = ""
+    last_failure: str = ""
     worked: bool = False
 
     @property
@@ -71,7 +72,8 @@ class _Outcomes:
 
     def next(self) -> _Outcomes:
         """Empty results for the next period: from the report of these results to the report after it."""
-        return _Outcomes(worked=self.status["ok"] > 0 if self.status else self.worked)
+        worked = self.status["ok"] > 0 if self.status else self.worked
+        return _Outcomes(worked=worked, last_failure=self.last_failure)
 
 
 class Dialogues:
@@ -135,27 +137,33 @@ class Dialogues:
             self._calls = {key: call for key, call in self._calls.items() if call.owner != owner}
             self._replies = [pair for pair in self._replies if pair[0].owner != owner]
 
-    def is_broken(self, owner: Hashable) -> bool:
+    def is_broken(self, owner: Hashable, responses: Sequence[Sample] = ()) -> bool:
         """Whether `report` would raise an error."""
         with self._lock:
-            return owner in self._outcomes and self._outcomes[owner].is_broken
+            return (owner in self._outcomes and self._outcomes[owner].is_broken) or _all_failed(responses)
 
-    def report(self, owner: Hashable) -> None:
+    def report(self, owner: Hashable, responses: Sequence[Sample] = ()) -> None:
         """Log a warning about this owner's calls that failed since its last report, with the reason of the first.
 
-        Raises UngradedError if all calls failed, but not if all of them timed out: a broken environment must not look like a
-        policy without an answer. Does not raise for fewer than `_FEW` calls if calls in the period before succeeded.
+        responses: this owner's, those that may be trained on next. Raises UngradedError in two cases, but not if all failures
+        are timeouts: a broken environment must not look like a policy without an answer.
+        - All calls failed. Does not raise for fewer than `_FEW` calls if calls in the period before succeeded.
+        - Failed calls ended all of `responses`, even if earlier calls succeeded: there is nothing to train on.
         """
         with self._lock:
             found = self._outcomes[owner]
             self._outcomes[owner] = found.next()
-        if not found.failed:
-            return
+        fix = "fix environment.function, or what it calls"
         calls = found.status.total()
         what = f"{found.failed} of {calls} calls of environment.function failed, which ended their responses; the first: "
         if found.is_broken:
-            raise UngradedError(f"{what}{found.failure}; fix environment.function, or what it calls")
-        logger.warning("%s%s", what, found.failure)
+            raise UngradedError(f"{what}{found.failure}; {fix}")
+        if _all_failed(responses):
+            last = found.last_failure or "before the run was started again"
+            count = len(responses)
+            raise UngradedError(f"failed calls of environment.function ended all {count} responses; the last: {last}; {fix}")
+        if found.failed:
+            logger.warning("%s%s", what, found.failure)
 
     def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
         sample, status, detail = call.sample, reply.status, reply.detail
@@ -172,7 +180,8 @@ class Dialogues:
             outcomes = self._outcomes[call.owner]
             outcomes.status[status] += 1
             if status != "ok":
-                outcomes.failure = outcomes.failure or f"{_brief(detail)} (problem {call.group.problem.id})"
+                outcomes.last_failure = f"{_brief(detail)} (problem {call.group.problem.id})"
+                outcomes.failure = outcomes.failure or outcomes.last_failure
         if reply.messages is None or not ids:
             sample.finish_reason = "stop"
             return sample
@@ -183,6 +192,12 @@ class Dialogues:
         sample.messages += reply.messages
         sample.finish_reason = "abort"
         return sample
+
+
+def _all_failed(responses: Sequence[Sample]) -> bool:
+    """Whether failed calls ended all of these responses. False if all timed out, as in `_Outcomes.is_broken`."""
+    failed = all(sample.call_failed for sample in responses)
+    return failed and any(sample.environment_status == "error" for sample in responses)
 
 
 def _brief(detail: str) -> str:

@@ -99,7 +99,7 @@ class Hand:
         try:
             report_errors(grades)
             if self._dialogues is not None:
-                self._dialogues.report(self)
+                self._dialogues.report(self, _complete(self._groups))
         except UngradedError:
             _forget_failures(self._groups)
             raise
@@ -142,7 +142,7 @@ class Hand:
         environment are requested again."""
         with self._background.held():
             groups = self._groups
-            if self._dialogues is not None and self._dialogues.is_broken(self):
+            if self._dialogues is not None and self._dialogues.is_broken(self, _complete(groups)):
                 # The next step will end the run because of these failures. A checkpoint saved before it must not hold them.
                 groups = deepcopy(groups)
                 _forget_failures(groups)
@@ -341,6 +341,11 @@ class Hand:
         if rollout.partial:
             counts["samples_continued"] = sum(bool(sample.weight_versions) for sample in samples)
         return counts
+
+
+def _complete(groups: Iterable[InHand]) -> list[Sample]:
+    """The responses of complete groups."""
+    return [sample for held in groups if not held.missing for sample in held.group.samples]
 
 
 def _forget_failures(groups: Iterable[InHand]) -> None:

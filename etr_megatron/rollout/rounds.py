@@ -46,22 +46,30 @@ def draw_groups(
     must_stop: MustStop = never,
     *,
     has_turns: bool,
+    earlier: Sequence[Group] = (),
 ) -> list[Group]:
     """Call `generate_groups` and, if there is an environment (`has_turns`), `draw_further_turns`."""
     groups = generate_groups(engine, problems, sampling, must_stop)
     if has_turns:
-        draw_further_turns(engine, groups, sampling, dialogues, must_stop)
+        draw_further_turns(engine, groups, sampling, dialogues, must_stop, earlier=earlier)
     return groups
 
 
 def draw_further_turns(
-    engine: RolloutEngine, groups: Sequence[Group], sampling: Sampling, dialogues: Dialogues | None, must_stop: MustStop = never
+    engine: RolloutEngine,
+    groups: Sequence[Group],
+    sampling: Sampling,
+    dialogues: Dialogues | None,
+    must_stop: MustStop = never,
+    *,
+    earlier: Sequence[Group] = (),
 ) -> None:
     """Continue responses whose first turn has been drawn until all have ended (in place; the caller owns the groups).
 
     A collective; `dialogues` is None on ranks other than 0. sampling: that of the first turns. If the engine returns responses
-    on rank 0 alone, the responses on other ranks hold only the replies. Raises what `engine.generate` raises, StopAskedError
-    when `must_stop()` is true on any rank, and UngradedError when all calls of the environment failed.
+    on rank 0 alone, the responses on other ranks hold only the replies. earlier: groups that the step has drawn before. Raises
+    what `engine.generate` raises, StopAskedError when `must_stop()` is true on any rank, and UngradedError when all calls of
+    the environment failed, or failed calls ended all responses of these groups and the earlier ones.
     """
     limits = sampling.max_tokens_of([group.problem for group in groups])
     opened = [_Open(group, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples]
@@ -70,7 +78,8 @@ def draw_further_turns(
             break
         opened = _go_on(opened, dialogues, must_stop)
         _draw(engine, opened, sampling, turn, must_stop)
-    on_rank0(lambda: of_rank0(dialogues).report(_OWNER))
+    responses = [sample for group in (*earlier, *groups) for sample in group.samples]
+    on_rank0(lambda: of_rank0(dialogues).report(_OWNER, responses))
 
 
 def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: MustStop) -> list[_Open]:

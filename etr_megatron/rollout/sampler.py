@@ -143,7 +143,9 @@ class RoundSampler:
             with timer("rollout"):
                 sampling = sampling_of(self._config, step)
                 has_turns = self._config.environment.function is not None
-                groups = draw_groups(self._engine, problems, sampling, self._dialogues, must_stop, has_turns=has_turns)
+                groups = draw_groups(
+                    self._engine, problems, sampling, self._dialogues, must_stop, has_turns=has_turns, earlier=asked
+                )
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
             asked += groups
