@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LEAST_CLOSE_S = 60.0
 """Seconds that a save may take at least after the run has failed."""
 
-_COMPLETE, _RUNNING, _FAILED = range(3)
+_COMPLETE, _RUNNING, _FAILED = range(3)  # the highest of all ranks tells what to do
 
 
 class Saver:
@@ -57,10 +57,14 @@ class Saver:
                 self._pending = _Pending(prepare(folder, step, policy, state, keep=self._keep, best=best), self._writers)
 
     def check(self) -> None:
-        """Note that the pending save is complete on all ranks, or raise its error if it has failed on any. Does not wait for
-        writers."""
-        if self._pending is not None and self._phases.highest(self._pending.state) != _RUNNING:
+        """Raise the error of the pending save if it has failed on any rank. Does not wait for it otherwise."""
+        if self._pending is None:
+            return
+        state = self._phases.highest(self._pending.state)
+        if state != _RUNNING:
             self._end_of_pending()
+        if state == _FAILED:
+            raise RuntimeError("another rank has not completed the checkpoint")
 
     def finish(self, *, only_warn: bool = False) -> None:
         """Wait for the pending save, if there is one. only_warn: log a UserError instead of raising it."""
@@ -115,7 +119,7 @@ class _Pending:
 
     def __init__(self, unwritten: Unwritten, writers: Phases) -> None:
         self.over = threading.Event()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._begun, self._seconds = time.perf_counter(), 0.0
         what = f"writing of the checkpoint of step {unwritten.step}"
 
@@ -129,14 +133,14 @@ class _Pending:
         def write() -> None:
             try:
                 unwritten.write(writers.group, meet)
-            except Exception as error:  # raised by `result`, in the thread that can handle it
+            except BaseException as error:  # raised by `result`, in the thread that can handle it
                 self._end(error)
             else:
                 self._end(None)
 
         threading.Thread(target=write, name=what, daemon=True).start()
 
-    def _end(self, error: Exception | None) -> None:
+    def _end(self, error: BaseException | None) -> None:
         if not self.over.is_set():  # the first error is the cause
             self._error, self._seconds = error, self.age
             self.over.set()
@@ -148,7 +152,7 @@ class _Pending:
 
     @property
     def state(self) -> int:
-        """`_COMPLETE`, `_RUNNING` or `_FAILED`; the highest of all ranks says what to do."""
+        """`_COMPLETE`, `_RUNNING` or `_FAILED`."""
         if not self.over.is_set():
             return _RUNNING
         return _COMPLETE if self._error is None else _FAILED
