@@ -9,10 +9,13 @@ Contestants:
 - `megatron`: Megatron's format that other layouts can read (`fully_reshardable`), which gathers the state on every
   data-parallel rank.
 - `megatron_mem_efficient`: the same, but gathered on the first rank only.
+- `asynchronous`: ours with `checkpoint.asynchronous`, which returns after a copy.
 
 All use the same writer and reader, and store the weights in the same way. Contestants run round robin, each in fresh processes:
-one save and one load are timed. Each figure is the largest of any rank: seconds, the peak of resident memory beyond what was
-resident before, and the bytes read according to the kernel. After the load, the state is compared with what was saved.
+one save and one load are timed. Each figure is the largest of any rank: seconds for which a save stops the run; seconds until
+it is complete, in which the whole state is also overwritten once, as by training; seconds of the load; the peak of resident
+memory beyond what was resident before; and the bytes read according to the kernel. After the load, the state is compared with
+what was saved.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CONTESTANTS = ("by_rank", "megatron", "megatron_mem_efficient")
+CONTESTANTS = ("by_rank", "megatron", "megatron_mem_efficient", "asynchronous")
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32_000}
 TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 301}
 
@@ -43,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, 1 round")
     parser.add_argument("--rounds", type=int, help="saves and loads of each contestant (default 5, quick 1)")
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks (2)")
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="some of them, by_rank among them (all)")
     parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/checkpoint[_quick].json)")
     options = parser.parse_args(argv)
     options.rounds = options.rounds if options.rounds is not None else 1 if options.quick else 5
@@ -50,6 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("rounds", "ranks"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    options.contestants = options.contestants.split(",")
+    if "by_rank" not in options.contestants or not set(CONTESTANTS).issuperset(options.contestants):
+        raise UserError(f"--contestants must be some of {', '.join(CONTESTANTS)}, and by_rank, with which they are compared")
     prepare_output(options.output)
     return options
 
@@ -83,12 +90,12 @@ def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Medians as text, and the ratios of ours to the others."""
-    lines = [f"{'':<24}{'save s':>10}{'MiB':>10}{'load s':>10}{'MiB':>10}{'read MiB':>10}"]
-    columns = ("save_s", "save_peak_bytes", "load_s", "load_peak_bytes", "load_read_bytes")
+    lines = [f"{'':<24}{'stop s':>10}{'save s':>10}{'MiB':>10}{'load s':>10}{'MiB':>10}{'read MiB':>10}"]
+    columns = ("stop_s", "save_s", "save_peak_bytes", "load_s", "load_peak_bytes", "load_read_bytes")
     for name, one in found.items():
         cells = [f"{one[key]:>10.2f}" if key.endswith("_s") else f"{one[key] / 2**20:>10.0f}" for key in columns]
         lines.append(f"{name:<24}{''.join(cells)}")
-    for name in CONTESTANTS[1:]:
+    for name in (one for one in found if one != "by_rank"):
         ratios = ", ".join(f"{key} {found['by_rank'][key] / found[name][key]:.2f}" for key in columns)
         lines.append(f"by_rank / {name}: {ratios}")
     return "\n".join(lines)
@@ -105,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="checkpoint") as folder:
         model = Path(folder) / "model"
         result["parameters"] = write_model(model, TINY if options.quick else WIDE)
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in options.contestants}
         for number in range(options.rounds):
-            for place in range(len(CONTESTANTS)):
-                name = CONTESTANTS[(number + place) % len(CONTESTANTS)]
+            for place in range(len(rounds)):
+                name = options.contestants[(number + place) % len(rounds)]
                 rounds[name].append(run_ranks(name, model, options.ranks))
     result.update(rounds=rounds, medians=medians(rounds))
     print(table(result["medians"]))

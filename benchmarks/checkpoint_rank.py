@@ -26,6 +26,7 @@ from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
+from etr_megatron.platform.phases import Phases  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
 from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
@@ -33,7 +34,7 @@ from etr_megatron.weights import read_architecture  # noqa: E402
 
 def choose(contestant: str) -> None:
     """Make checkpoint.save and load in this process use the contestant's format."""
-    if contestant != "by_rank":
+    if contestant.startswith("megatron"):
         implementation.store_by_rank = lambda optimizer: None
     if contestant == "megatron_mem_efficient":
         implementation._OPTIMIZER_METADATA["distrib_optim_fully_reshardable_mem_efficient"] = True
@@ -73,6 +74,8 @@ def timed(run: Callable[[], Any]) -> tuple[float, int]:
 def run_job(job: dict[str, Any]) -> dict[str, float]:
     """Run the job; returns the content of the result file."""
     layout = ["parallel.tp=1", "train.distributed_optimizer=true"]
+    if job["contestant"] == "asynchronous":
+        layout.append("checkpoint.asynchronous=true")
     config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["world"], cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
     implementation._create_adam_state(policy.optimizer)  # as after an update
@@ -80,14 +83,23 @@ def run_job(job: dict[str, Any]) -> dict[str, float]:
     folder = Path(job["folder"]) / "checkpoints"
     fill(policy, 1)
     wanted = [tensor.clone() for tensor in states(policy)]
-    save_s, save_peak = timed(lambda: checkpoint.save(folder, 1, policy, {}, keep=1))
-    fill(policy, 2)
+    saver, stopped = checkpoint.Saver(config, Phases(config.run.phase_timeout_s)), []
+
+    def save() -> None:
+        start = time.perf_counter()
+        saver.save(folder, 1, policy, {}, ())
+        stopped.append(time.perf_counter() - start)
+        fill(policy, 2)  # what is being written must not change
+        saver.finish()
+
+    save_s, save_peak = timed(save)
     before = read_bytes()
     load_s, load_peak = timed(lambda: checkpoint.load(folder, 1, policy))
     read = read_bytes() - before
     if not all(torch.equal(*pair) for pair in zip(states(policy), wanted, strict=True)):
         raise RuntimeError(f"{job['contestant']}: a load did not put back what was saved; its time would mean nothing")
     return {
+        "stop_s": stopped[0],
         "save_s": save_s,
         "save_peak_bytes": save_peak,
         "load_s": load_s,

@@ -81,6 +81,7 @@ class Trainer:
         self._open_recorder = recorder
         self._recorder: Recorder | None = None
         self._stop_request, self._phases = stop_request, phases
+        self._saver = checkpoint.Saver(config, phases)
         self._watch = Stopwatch()
         self.step = 0
         self.trained = 0
@@ -99,6 +100,8 @@ class Trainer:
         - RefusedError: the engine rejects a request as invalid.
         - UngradedError, OtherModelError: rewards or the policy's own responses are not available. Saved if a step was trained.
         - SyncError: a weight sync failed. Saved if a step was trained and all ranks are alive.
+
+        After any error it first waits for a checkpoint that is being written.
         """
         try:
             self._resume()
@@ -120,6 +123,8 @@ class Trainer:
             if self.trained and self._all_are_left():
                 self._save_what_is_trained()
             raise
+        finally:
+            self._saver.close()
 
     def _all_are_left(self) -> bool:
         """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""
@@ -140,8 +145,10 @@ class Trainer:
             return
         if self._unrecorded is not None:
             self._record(*self._unrecorded)
+        self._saver.finish(only_warn=True)  # if it has failed, this state may find room
         if self._latest_checkpoint() != self.step:
             self._save()
+            self._saver.finish()
 
     def _run_steps(self) -> None:
         self._sync()
@@ -152,6 +159,7 @@ class Trainer:
             self.step += 1
             self._run_step(start)
             start = {}
+        self._saver.finish()
 
     def _run_step(self, start: dict[str, Any]) -> None:
         """Run one step. start: metrics known before the step, which are added to its row.
@@ -188,8 +196,13 @@ class Trainer:
                 )
             self.trained = self.step
 
+    def _meet(self, phase: str) -> None:
+        """Meet the other ranks before the phase. Raises, on all ranks, the error of a checkpoint that is being written."""
+        self._phases.meet(phase)
+        self._saver.check()
+
     def _roll_out(self) -> Rollouts:
-        self._phases.meet(f"rollout of step {self.step}")
+        self._meet(f"rollout of step {self.step}")
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _engine_metrics(self) -> dict[str, float]:
@@ -219,7 +232,7 @@ class Trainer:
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Compute the old (and reference) log-probs before the first update, if they are needed, then run the updates."""
         with self._watch.phase("train"):
-            self._phases.meet(f"training of step {self.step}")
+            self._meet(f"training of step {self.step}")
             if self.engine is not None:
                 self.engine.release()
             self.policy.reload()
@@ -262,7 +275,7 @@ class Trainer:
         if self.engine is None:
             return
         with self._watch.phase("sync"):
-            self._phases.meet(f"weight sync of step {self.step}")
+            self._meet(f"weight sync of step {self.step}")
             self.sampler.pause()
             self.policy.offload()
             self.engine.update_weights(self.policy.export(), version=self._version)
@@ -272,7 +285,7 @@ class Trainer:
         """Evaluation metrics under the engine's current weights, on rank 0; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
-        self._phases.meet(f"evaluation after step {self.step}")
+        self._meet(f"evaluation after step {self.step}")
         sets = evaluate(
             self.engine,
             self._held_out,
@@ -314,7 +327,7 @@ class Trainer:
         speed = {}
         if not self.config.rollout.only:
             speed = training_speed(self.policy, groups, self.config, times["time_train"])
-        row = {**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]}
+        row = {**row, **times, **self._saver.times(), **speed, "tokens_per_s": tokens / times["time_step"]}
         self._recorder.record(cast(MetricsRow, row))  # the keys are checked when the row is appended
         self._directory.write_status("running", self.step, self.config.run.steps)
         observe = self.config.observe
@@ -330,10 +343,10 @@ class Trainer:
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:
-        self._phases.meet(f"checkpoint of step {self.step}")
-        state, folder = self.sampler.state_dict(), self._directory.checkpoints
+        self._meet(f"checkpoint of step {self.step}")
+        self._saver.finish()  # its step may be one of the best
         best = self._best_saved() if self._recorder is not None else ()
-        checkpoint.save(folder, self.step, self.policy, state, keep=self.config.checkpoint.keep, best=best)
+        self._saver.save(self._directory.checkpoints, self.step, self.policy, self.sampler.state_dict(), best)
 
     def _best_saved(self) -> list[int]:
         """The best steps, among this step and those with a checkpoint, whose checkpoints `checkpoint.keep_best` keeps."""

@@ -11,7 +11,9 @@ import torch
 
 from etr_megatron import checkpoint
 from etr_megatron.errors import UserError
+from etr_megatron.platform.phases import Phases
 from etr_megatron.policy import Policy
+from tests.late_writes import held_back
 from tests.policy_jobs import build, make_batch
 
 
@@ -62,14 +64,15 @@ def resumed_scales(model: str, folder: str, recipes: tuple[str, str]) -> tuple[d
     from megatron.core.tensor_parallel import RowParallelLinear  # only after etr_megatron.policy has prepared it
 
     given: dict[str, list[int]] = {}
+    scales: dict[RowParallelLinear, torch.Tensor] = {}
 
     def built(recipe: str) -> tuple[Policy, dict[RowParallelLinear, str]]:
-        policy = build(model, ["parallel.tp=1", "lora.rank=2"])
+        policy = build(model, ["parallel.tp=1", "lora.rank=2", "checkpoint.asynchronous=true"])
         policy.config = replace(policy.config, fp8=replace(policy.config.fp8, recipe=recipe))
         return policy, {one: name for name, one in policy.chunks[0].named_modules() if isinstance(one, RowParallelLinear)}
 
     def own(layer: RowParallelLinear) -> torch.Tensor:
-        return torch.tensor(layer.weight.shape)
+        return scales.setdefault(layer, torch.tensor(layer.weight.shape))
 
     def take(layer: RowParallelLinear, state: torch.Tensor | None) -> None:
         if state is not None:  # Megatron's own layers are given None where a checkpoint has nothing
@@ -77,9 +80,15 @@ def resumed_scales(model: str, folder: str, recipes: tuple[str, str]) -> tuple[d
 
     (before, layers), (after, again) = map(built, recipes)
     with mock.patch.multiple(RowParallelLinear, get_extra_state=own, set_extra_state=take):
-        checkpoint.save(Path(folder), 0, before, {}, keep=1)
+        saver = checkpoint.Saver(before.config, Phases(60))
+        with held_back():
+            saver.save(Path(folder), 0, before, {}, ())
+            had = {name: own(layer).tolist() for layer, name in layers.items()}
+            for scale in scales.values():  # as in an update while the checkpoint is being written
+                scale.zero_()
+        saver.finish()
         checkpoint.load(Path(folder), 0, after)
-    return {name: own(layer).tolist() for layer, name in layers.items()}, given
+    return had, given
 
 
 def refused_checkpoint(model: str, folder: str, before: list[str], after: list[str], other_model: str = "") -> str:

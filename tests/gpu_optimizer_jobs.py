@@ -27,9 +27,11 @@ optimizer_config.is_te_min_version = lambda *_args, **_kwargs: True
 
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
+from etr_megatron.platform.phases import Phases  # noqa: E402
 from etr_megatron.policy import Policy  # noqa: E402
 from tests import policy_jobs  # noqa: E402
 from tests.hf_models import random_sequences  # noqa: E402
+from tests.late_writes import held_back  # noqa: E402
 
 megatron_fixes._mend_experts()  # not needed with Transformer Engine and a GPU
 
@@ -165,9 +167,12 @@ def _places_of_state(policy: Policy) -> list[int]:
 
 
 def train_with_rollouts_between(model: str, overrides: list[str], there: str, kind: str) -> dict[str, Any]:
-    """Three updates without and with an offload before each; while the second one lasts, the latter is saved as step 1."""
+    """Three updates without and with an offload before each. During the second offload, the latter is saved as step 1, by a
+    thread that writes after the second update."""
     plain = build(model, overrides, kind)
-    policy = build(model, [*overrides, "train.offload_for_rollout=true", "sglang.placement=colocated"], kind)
+    overrides = [*overrides, "train.offload_for_rollout=true", "sglang.placement=colocated", "checkpoint.asynchronous=true"]
+    policy = build(model, overrides, kind)
+    saver = checkpoint.Saver(policy.config, Phases(60))
     buffers = [buffer for chunk in policy._ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     checkpoint.save(Path(there), 0, policy, {}, keep=2)
     found: dict[str, Any] = {"plain": [], "updates": [], "gradients": [], "moved": [], "weights": []}
@@ -181,10 +186,12 @@ def train_with_rollouts_between(model: str, overrides: list[str], there: str, ki
             places.append(_places_of_state(policy))
         found["moved"].append({then != now for then, now in zip(*places[:2], strict=True)})
         found["weights"].append(_weights(policy))
-        if step == 1:
-            checkpoint.save(Path(there), 1, policy, {}, keep=2)
-        policy.reload()
-        found["updates"] += updates(policy, 1)
+        with held_back():
+            if step == 1:
+                saver.save(Path(there), 1, policy, {}, ())
+            policy.reload()
+            found["updates"] += updates(policy, 1)
+        saver.finish()
     inner = [one.optimizer for one in optimizers_of(policy.optimizer)]
     copies = [parameter.grad for one in inner for group in one.param_groups for parameter in group["params"]]
     found["copies"] = sum(copy is not None for copy in copies) if kind == "fused" else 0

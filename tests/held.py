@@ -3,7 +3,8 @@
     process = runs.held("step 2", ...)
 
 HOLD is the point and a file. Rank 0, which imports the function to check it, makes the file when it first reaches the point,
-and goes on only after a SIGTERM or `runs.let_go()`. Points:
+and goes on only after a SIGTERM or `runs.let_go()`; if a thread writes the checkpoint, the thread is held, and goes on only
+after `runs.let_go()`. Points:
 
     loading 0     before the model is loaded
     step N        when the row of step N is written; 0: before the first step, or after a resume
@@ -27,10 +28,14 @@ __all__ = ["digit_sum_is_even"]
 
 
 def _hold(file: Path) -> None:
-    told = threading.Event()
+    told, is_over = threading.Event(), file.with_suffix(".over").exists
+    if threading.current_thread() is not threading.main_thread():  # which gets the signal
+        file.touch()
+        wait_for(is_over)
+        return
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())  # the run hears of it by the wakeup descriptor
     file.touch()
-    wait_for(lambda: told.is_set() or file.with_suffix(".over").exists())
+    wait_for(lambda: told.is_set() or is_over())
     signal.signal(signal.SIGTERM, before)
 
 

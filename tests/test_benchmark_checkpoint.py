@@ -17,9 +17,13 @@ def test_a_tiny_run_is_written(tmp_path, capsys):
     assert result["ranks"] == 2 and result["medians"].keys() == set(checkpoint.CONTESTANTS)
     # Per parameter, 12 bytes of optimizer state and 4 of the weight, of which a rank reads half; plus metadata.
     assert all(one["load_read_bytes"] > result["parameters"] * (12 + 4) / 2 for one in result["medians"].values())
-    assert "by_rank / megatron: save_s" in capsys.readouterr().out
+    medians = result["medians"]
+    assert medians["asynchronous"]["stop_s"] < medians["asynchronous"]["save_s"]
+    assert "by_rank / megatron: stop_s" in capsys.readouterr().out
 
 
 def test_wrong_options_are_one_sentence(tmp_path, capsys):
     assert checkpoint.main(["--ranks", "0", "--output", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err == "--ranks is 0; it must be at least 1\n"
+    assert checkpoint.main(["--contestants", "megatron", "--output", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err.startswith("--contestants must be some of by_rank, ")

@@ -10,7 +10,7 @@ import pytest
 
 from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.flops import head_flops
-from etr_megatron.planner import H100, Plan, make_plan, suggestions
+from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
 from etr_megatron.planner.activations import (
     EXPERT_IMBALANCE,
     Split,
@@ -30,6 +30,14 @@ GIB = 2**30
 
 def plan(*overrides: str, gpus: int = 32, gpu_memory: float = 80.0) -> Plan:
     return make_plan(load_config(QWEN_32B, overrides), gpus, gpu_memory=gpu_memory)
+
+
+def test_asynchronous_checkpoints_take_the_memory_of_a_nodes_part_of_a_checkpoint() -> None:
+    at_once, later = plan(), plan("checkpoint.asynchronous=true")
+    assert at_once.snapshot_on_host == 0 and "until it is written" not in render(at_once)
+    part = 32_762_123_264 * (2 + 4 + 4 + 4) // 4  # of four nodes
+    assert later.snapshot_on_host == part == later.as_dict()["snapshot_bytes_on_host"]
+    assert f"checkpoint its copy takes {part / GIB:.1f} GiB of a node's memory until it is written" in render(later)
 
 
 def peak_of_1f1b(stages: int, stage: int, microbatches: int) -> int:

@@ -184,10 +184,11 @@ def test_tokens_per_second_are_what_the_model_drew():
     settings = config("observe.rollouts_every=0")
     trainer.config, trainer.step = replace(settings, rollout=replace(settings.rollout, only=True)), 3
     trainer._watch = SimpleNamespace(lap=lambda: {"time_step": 2.0})
+    trainer._saver = SimpleNamespace(times=lambda: {"time_checkpoint": 0.5})
     trainer._recorder = SimpleNamespace(record=rows.append)
     trainer._directory = SimpleNamespace(write_status=lambda *_: None)
     trainer._record({}, with_replies())
-    assert rows == [{"time_step": 2.0, "tokens_per_s": 16.5}]
+    assert rows == [{"time_step": 2.0, "time_checkpoint": 0.5, "tokens_per_s": 16.5}]
 
 
 def test_a_response_that_is_a_reply_alone_counts_for_nothing():

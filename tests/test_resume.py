@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from etr_megatron import checkpoint
 from etr_megatron import trainer as module
 from etr_megatron.config import load_config
 from etr_megatron.errors import RequeueError
@@ -30,6 +31,7 @@ def trainer_without_parts() -> tuple[Any, list[int]]:
     trainer._directory = SimpleNamespace(checkpoints=None)
     trainer._stop_request = StopRequest()
     trainer._phases = Phases(60, must_stop=trainer._stop_request)
+    trainer._saver = checkpoint.Saver(trainer.config, trainer._phases)
     trainer._open_recorder = trainer._unrecorded = None
     trainer.has_begun = False
     trainer._save = lambda: saved.append(trainer.step)

@@ -101,8 +101,34 @@ def test_told_to_stop_then_killed_in_a_save_and_in_a_step_it_is_the_same_run_bit
     assert not list(saves.glob(".step_*"))
 
 
+def test_a_run_goes_on_while_its_checkpoint_is_written_and_waits_for_it_when_told_to_stop(runs, straight):
+    options, wanted = ("run.name=beside", "checkpoint.asynchronous=true", "run.stop_grace_s=600"), straight.rows("straight")
+    saves = runs.directory("beside") / "checkpoints"
+    process = runs.held("saving 3", *options)
+    wait_for(lambda: len(runs.rows("beside")) == 5 or process.poll() is not None)
+    kill(process)
+    assert not list(saves.glob("step_*")) and any(saves.glob(".step_000003.unfinished/*"))
+
+    process = runs.held("saving 3", *options)
+    wait_for(lambda: len(runs.rows("beside")) == 4 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    assert not list(saves.glob("step_*"))
+    runs.let_go()
+    _, printed = process.communicate(timeout=500)
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    stopped = runs.saved_rows("beside")
+    assert len(stopped) >= 4 and (saves / "step_000003").is_dir() and not list(saves.glob(".step_*"))
+
+    code, printed = runs.finish(*options, HELD)
+    assert code == 0 and "Warning" not in printed, printed
+    assert runs.rows("beside") == wanted
+    runs.assert_went_on("beside", stopped)
+    assert sorted(entry.name for entry in saves.iterdir())[-1] == "step_000006"
+
+
 def test_the_checkpoints_with_the_best_evaluations_are_kept_besides_the_latest(runs):
     overrides = ("run.name=best", "eval.every=1", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2")
+    overrides += ("checkpoint.asynchronous=true",)  # each save waits for the one before, which may be one of the best
     code, printed = runs.finish(ONE_RANK, *overrides)
     assert code == 0, printed
     accuracy = {row["step"]: row["eval_accuracy"] for row in runs.rows("best")}
@@ -254,16 +280,18 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(runs, tmp_path, mo
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes a small disk in a mount namespace of its own")
-def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoint(runs):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoint(runs, asynchronous):
     disk = runs.folder / "runs"
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     # The disk is the test's own: it exists only for the launcher and its children, so results are listed from inside.
     script = (
         f'mount -t tmpfs -o size=1400k tmpfs "{disk}"; "$@"; code=$?; '
         f'ls -A "{disk}/full/checkpoints" "{disk}/full/checkpoints/step_000001"; exit $code'
     )
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
-    code, printed = runs.finish("run.name=full", ONE_RANK, "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
+    saves = ("checkpoint.every=1", "checkpoint.keep=5", f"checkpoint.asynchronous={asynchronous}")
+    code, printed = runs.finish("run.name=full", ONE_RANK, *saves, prefix=prefix)
     assert code == 2, printed
     assert "checkpoints: no space left on the device while saving step 2" in printed
     assert "Traceback" not in printed

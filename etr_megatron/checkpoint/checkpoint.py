@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,6 +30,7 @@ from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_ran
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_errors, entries, no_room, sync_to_disk
+from etr_megatron.platform.together import together
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
@@ -65,6 +67,63 @@ def _path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
+@dataclass
+class Unwritten:
+    """A checkpoint of which `write` writes the shards and the trainer's files. `prepare` makes it. files: on rank 0 only."""
+
+    checkpoints: Path
+    step: int
+    keep: int
+    best: Collection[int]
+    shards: TorchDistSave
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def temporary(self) -> Path:
+        """The folder's name until it is complete."""
+        return self.checkpoints / f".step_{self.step:06d}.unfinished"
+
+    def write(self, group: dist.ProcessGroup | None = None, meet: Callable[[], None] = lambda: None) -> None:
+        """Write all files, then give the folder its name and remove older checkpoints. A collective of `group` (None: all
+        ranks), which has all ranks and must be gloo in a thread. Raises the same errors as `save`, on every rank.
+
+        meet: called on every rank after its shards are written or have failed.
+        """
+        with self.errors():
+            self.shards.write(self.temporary, group, meet)
+            together(lambda: self._publish() if dist.get_rank() == 0 else None, group)
+
+    def _publish(self) -> None:
+        for name, data in self.files.items():
+            (self.temporary / name).write_bytes(data)
+            sync_to_disk(self.temporary / name)
+        final = _path(self.checkpoints, self.step)
+        shutil.rmtree(final, ignore_errors=True)
+        self.temporary.rename(final)
+        sync_to_disk(self.checkpoints)
+        for old in set(saved_steps(self.checkpoints)[: -self.keep]).difference(self.best):
+            shutil.rmtree(_path(self.checkpoints, old))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn the error of a full disk on any rank into a UserError, and remove the partial checkpoint. Turn torch's
+        CheckpointException, which is no Exception, into a RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            full = disk_full_anywhere(error)
+            if full is None and isinstance(error, CheckpointException):
+                raise RuntimeError(f"step {self.step} was not saved: {error}") from error
+            if full is None:
+                raise
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise UserError(
+                f"{self.checkpoints}: {no_room(full)} while saving step {self.step}; make room and start again with the same "
+                "command: the last complete checkpoint is untouched"
+            ) from error
+
+
 def save(
     checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int, best: Collection[int] = ()
 ) -> None:
@@ -74,44 +133,43 @@ def save(
     trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`. Only rank 0's `trainer` and `best` count.
     Raises UserError, naming the path, if the disk is full; the partial checkpoint is removed and older ones stay untouched.
     """
-    final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
+    prepare(checkpoints, step, policy, trainer, keep=keep, best=best, snapshot=False).write()
+
+
+def prepare(
+    checkpoints: Path,
+    step: int,
+    policy: Policy,
+    trainer: dict[str, Any],
+    *,
+    keep: int,
+    best: Collection[int] = (),
+    snapshot: bool = True,
+) -> Unwritten:
+    """The part of `save` that needs the policy and the trainer. A collective, with the arguments and errors of `save`.
+
+    snapshot: copy the state to host memory. Without it, the policy must not change until `Unwritten.write` has returned.
+    """
+    unwritten = Unwritten(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
     rank0 = dist.get_rank() == 0
-    try:
+    with unwritten.errors():
         if rank0:
             with disk_errors(checkpoints):
                 for leftover in entries(checkpoints, ".step_*.unfinished"):  # from killed saves
                     shutil.rmtree(leftover)
-                temporary.mkdir(parents=True)
+                unwritten.temporary.mkdir(parents=True)
         dist.barrier()
         base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
-        dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))
+        dist_checkpointing.save(sharded, str(unwritten.temporary), sharded_strategy=shared_among_replicas(unwritten.shards))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             files = {_TENSORS_FILE: tensors_as_bytes(state.pop("tensors", {}))}
             if policy.adapters.spec is not None:
                 files[LORA_FILE] = json.dumps(policy.adapters.spec.as_json()).encode()
                 state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
-            files[TRAINER_FILE] = json.dumps(state).encode()
-            for name, data in files.items():
-                (temporary / name).write_bytes(data)
-                sync_to_disk(temporary / name)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            sync_to_disk(checkpoints)
-            for old in set(saved_steps(checkpoints)[:-keep]).difference(best):
-                shutil.rmtree(_path(checkpoints, old))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        full = disk_full_anywhere(error)
-        if full is None:
-            raise
-        if rank0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{checkpoints}: {no_room(full)} while saving step {step}; make room and start again with the same command: the "
-            "last complete checkpoint is untouched"
-        ) from error
-    dist.barrier()
+            unwritten.files = {**files, TRAINER_FILE: json.dumps(state).encode()}
+    return unwritten
 
 
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:

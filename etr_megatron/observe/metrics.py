@@ -95,6 +95,8 @@ class MetricsRow(StepMetrics, total=False):
     load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
     routing_replayed: float  # with `routing_replay`: share of the model's response tokens predicted with the engine's experts
+    time_checkpoint: float  # seconds that the run was stopped by checkpoints since the previous row, if it was
+    time_checkpoint_write: float  # with `checkpoint.asynchronous`: seconds to write the checkpoint that became complete
     samples_continued: int  # with partial rollouts: samples with tokens of several weight versions
 
 

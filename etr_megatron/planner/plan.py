@@ -14,7 +14,7 @@ from etr_megatron.planner.adapters import RankAdapters, adapters_by_rank, total_
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout, training_layout
 from etr_megatron.planner.hardware import H100, Hardware
-from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, server_memory, usable
+from etr_megatron.planner.memory import RankMemory, ServerMemory, element_bytes, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
 from etr_megatron.planner.speed import StepTime, step_time
 from etr_megatron.planner.workload import Workload, workload_of
@@ -63,6 +63,15 @@ class Plan:
         return max(nodes)
 
     @property
+    def snapshot_on_host(self) -> int:
+        """Bytes of the copy that `checkpoint.asynchronous` makes of weights, fp32 weights and Adam's moments, on the node with
+        the most ranks, if all ranks copy equal parts; 0 without it."""
+        if not self.config.checkpoint.asynchronous:
+            return 0
+        elements, element = (self.adapters, 4) if self.config.lora.rank else (self.parameters, element_bytes(self.config))
+        return elements * (element + 12) * min(self.cluster.ranks_per_node, self.cluster.ranks) // self.cluster.ranks
+
+    @property
     def cache_samples(self) -> int:
         """Number of samples of maximum length that a server's KV cache holds."""
         return self.server.cache_tokens // self.work.longest
@@ -90,6 +99,7 @@ class Plan:
             "parameters": self.parameters,
             "adapters": self.adapters,
             "base_bytes_on_host": self.base_on_host,
+            "snapshot_bytes_on_host": self.snapshot_on_host,
             "fits": self.fits,
             "usable_bytes": usable(self.gpu_memory),
             "tightest_rank": self.tightest.rank,

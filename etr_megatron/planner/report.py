@@ -66,6 +66,8 @@ def _head(plan: Plan) -> Iterator[str]:
         f"given), {work.longest:,} at most"
     )
     yield f"           microbatches of at most {work.microbatch_tokens:,} tokens, {work.microbatches} a rank and optimizer step"
+    if plan.snapshot_on_host:
+        yield f"checkpoint its copy takes {gib(plan.snapshot_on_host)} GiB of a node's memory until it is written"
 
 
 def _adapters(plan: Plan) -> str:

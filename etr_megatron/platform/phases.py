@@ -30,6 +30,17 @@ class Phases:
         # The world's backend may be NCCL, which has no monitored barrier.
         self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group, for other collectives between two meetings."""
+        return self._group
+
+    def highest(self, number: int) -> int:
+        """The highest `number` of any rank. A collective."""
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return int(found)
+
     def stop_asking(self) -> None:
         """Stop raising StopAskedError. Call it when every rank knows that the run stops, and ranks meet only to save."""
         self._stopping = True
@@ -47,9 +58,7 @@ class Phases:
             dist.monitored_barrier(self._group, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise self._failure(phase, time.monotonic() - start, timeout, str(error)) from error
-        asked = torch.tensor(int(self._must_stop() and not self._stopping))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
-        if asked:
+        if self.highest(int(self._must_stop() and not self._stopping)):
             self._stopping = True
             raise StopAskedError(f"told to stop (SIGTERM) before the {phase}")
 

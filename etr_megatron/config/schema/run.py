@@ -66,6 +66,9 @@ class CheckpointConfig:
     """Metric by which checkpoints are compared: higher is better, and `eval_reward_mean` breaks ties. `eval_accuracy`,
     `eval_reward_mean`, `eval_pass_at_k`, `eval_reward/NAME` for a number that `reward.function` returns, or one of these for a
     single held-out set, such as `eval/aime24/accuracy`."""
+    asynchronous: bool = False
+    """Write checkpoints in the background, from a copy in host memory: the run stops only for the copy. The copy takes as much
+    memory as the node's part of a checkpoint, which `tools/plan.py` shows."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 
