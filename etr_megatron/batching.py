@@ -38,6 +38,13 @@ def is_trained(sample: Sample, config: Config) -> bool:
     return not (config.objective.mask_truncated and sample.finish_reason == "length")
 
 
+def why_untrained(groups: list[Group]) -> str:
+    """Why the loss leaves out all samples, as part of a sentence."""
+    failed = [sample.call_failed for group in groups for sample in group.samples]
+    reasons = [] if all(failed) else ["cut off (objective.mask_truncated)"]
+    return " or ".join(reasons + ["ended by a failed call of environment.function"] * any(failed))
+
+
 def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
     """`StepRouting.chosen` from the samples that have routing. layers: number of layers with experts.
 

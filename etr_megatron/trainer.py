@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 from etr_megatron import checkpoint
-from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
+from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of, why_untrained
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
@@ -247,7 +247,7 @@ class Trainer:
             if by_engine:
                 batch = batch.relative_to_engine()
             if self._recorder is not None and not batch.weight.any():
-                logger.warning("step %d: nothing to train on, as all responses were %s", self.step, _why_untrained(groups))
+                logger.warning("step %d: nothing to train on, as all responses were %s", self.step, why_untrained(groups))
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
                 with nullcontext() if updates else self._profiled():
@@ -393,10 +393,3 @@ class Trainer:
                 print(f"{self._directory.root}: continues after step {self.step}")
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)
-
-
-def _why_untrained(groups: list[Group]) -> str:
-    """Why the loss leaves out all samples, as part of a sentence."""
-    failed = [sample.call_failed for group in groups for sample in group.samples]
-    reasons = [] if all(failed) else ["cut off (objective.mask_truncated)"]
-    return " or ".join(reasons + ["ended by a failed call of environment.function"] * any(failed))
