@@ -236,9 +236,7 @@ def test_responses_that_all_end_by_failed_calls_are_an_error_although_other_call
     dialogues, responses = failing(environment, "ok", "error", "timeout"), ended_by("error", "timeout")
     assert dialogues.is_broken("me", responses) and not dialogues.is_broken("me")
     for _ in range(2):  # also without a call since the last report
-        with pytest.raises(
-            UngradedError, match=r"^failed calls .* ended all 2 responses; the last: it went timeout \(problem p\)"
-        ):
+        with pytest.raises(UngradedError, match=r"^failed calls .* all 2 responses; the last: it went timeout \(problem p\)"):
             dialogues.report("me", responses)
     with pytest.raises(UngradedError, match="the last: before the run was started again"):
         dialogues_of(environment).report("me", responses)
