@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etr_megatron.check_fields import check_dispatcher, check_fields, check_fields_without_experts
 from etr_megatron.check_functions import check_functions
 from etr_megatron.config import (
     Config,
@@ -67,16 +68,18 @@ def check_model(config: Config, world_size: int) -> None:
         check_layers("the tiny model", tiny.layers, config.parallel)
         check_mlp("the tiny model", tiny.intermediate_size, tp)
         check_without_experts("the tiny model", config)
-        if config.lora.rank:
+        if config.lora.rank or config.train.megatron:
             from etr_megatron.weights import tiny_architecture
 
             check_adapters(tiny_architecture(tiny), config)
+            check_fields(tiny_architecture(tiny), config)
         return
     architecture = check_description(config)
     from etr_megatron.weights import check_checkpoint
 
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
+    check_fields(architecture, config)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         try:
             check_served(model, architecture, config.sglang.tp, config.sglang.ep, fp8=config.sglang.fp8)
@@ -247,6 +250,7 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
 
 def check_routing(model: str, experts: Experts, config: Config) -> None:
     """Refuse options of the routers that do not fit the model's experts."""
+    check_dispatcher(model, experts, config)
     if config.train.routing_replay and experts.count > MOST_REPLAYED:
         raise UserError(
             f"{model} has {experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay supports; set it to "
@@ -261,6 +265,7 @@ def check_routing(model: str, experts: Experts, config: Config) -> None:
 
 def check_without_experts(model: str, config: Config) -> None:
     """Refuse MoE options, which would have no effect on a dense model."""
+    check_fields_without_experts(model, config)
     if config.train.moe_aux_loss_coef:
         raise UserError(f"{model} has no experts, so train.moe_aux_loss_coef has no effect; set it to 0")
     if config.train.moe_router_fp32:

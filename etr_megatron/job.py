@@ -196,7 +196,7 @@ def _engine(
 ) -> RolloutEngine:
     """The rollout engine that `rollout.backend` names. A collective. stops: ids of tokens and texts that end a turn. nodes: the
     dedicated server nodes, on rank 0 only. Raises StopAskedError if a stop is requested while it waits for servers."""
-    from etr_megatron.policy.policy import DTYPES
+    from etr_megatron.policy.model_config import DTYPES
 
     stop_ids, stop_strings = stops
     if config.rollout.backend == "embedded":

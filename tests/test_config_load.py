@@ -31,6 +31,18 @@ def test_samples_are_given_for_all_held_out_sets_or_by_set():
     assert load_config(None, [*sets, "eval.samples=4"]).eval.samples == 4
 
 
+def test_an_override_may_set_one_entry_of_a_mapping():
+    loss = "objective.loss=mine:loss"
+    options = ["objective.options={a: 1, b: 3}", "objective.options.b=2", "objective.options.c.d=4"]
+    assert load_config(None, [loss, *options]).objective.options == {"a": 1.0, "b": 2.0, "c.d": 4.0}
+    assert load_config(None, [loss, *options, "objective.options={}"]).objective.options == {}
+    with pytest.raises(UserError) as error:
+        load_config(None, [loss, "objective.options.margin=wide", "eval.samples.aime24=4"])
+    no_entry, wide = str(error.value).splitlines()[1:]
+    assert wide == "  - objective.options.margin = wide (command line): must be a finite number"
+    assert "eval.samples.aime24 (command line): unknown key" in no_entry  # it may be a number, too
+
+
 def test_without_a_file_the_defaults_hold():
     assert load_config(None, []) == Config()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM, Glm4MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+from etr_megatron.config import load_config
 from etr_megatron.planner import activations
 from etr_megatron.planner.activations import (
     Split,
@@ -25,6 +26,7 @@ from etr_megatron.planner.activations import (
     saved_by_layer,
     stage_activations,
 )
+from etr_megatron.planner.recompute import Recomputation
 from etr_megatron.vocab_parallel import VocabShard
 from etr_megatron.vocab_parallel.loss import single_pass_bytes
 from etr_megatron.vocab_parallel.sweep import Head
@@ -119,7 +121,8 @@ def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_pro
         for one in reply["passes"][1:]:
             with with_routed(arch, split, etp, one):
                 assert one.saved - of_mask == saved_by_layer(arch, one.layer, split, etp) + beside
-    recomputed, plain = (stage_activations(arch, TrainingLayout(tp=world), 0, split, 1, how) for how in ("selective", "none"))
+    hows = Recomputation(attention=True), Recomputation()
+    recomputed, plain = (stage_activations(arch, TrainingLayout(tp=world), 0, split, 1, how) for how in hows)
     assert recomputed - plain == arch.layers * beside
     assert (beside > 0) == (arch.latent is None)
 
@@ -146,20 +149,26 @@ SCHEDULES = {
 FOUR = {name for name, (stages, *_) in SCHEDULES.items() if stages == 4}
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+BLOCK = "train.megatron={recompute_granularity: full, recompute_method: block, recompute_num_layers: 1}"
+
+
+@pytest.mark.parametrize("recompute", ["train.recompute=none", "train.recompute=full", BLOCK], ids=["none", "full", "block"])
 @pytest.mark.parametrize("schedule", [pytest.param(name, marks=[pytest.mark.slow] * (name in FOUR)) for name in SCHEDULES])
 def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, schedule: str, recompute: str) -> None:
     pp, vpp, microbatches = SCHEDULES[schedule]
-    overrides = [TP1, f"parallel.pp={pp}", f"parallel.vpp={vpp}", f"train.recompute={recompute}"]
+    overrides = [TP1, f"parallel.pp={pp}", f"parallel.vpp={vpp}", recompute]
     replies = gangs(pp).run(f"{JOBS}:kept", model=deep, sequences=samples(microbatches), overrides=overrides)
     arch, layout, split = read_architecture(deep), TrainingLayout(pp=pp, vpp=vpp), Split(TOKENS, 1, False, 2)
     layers, one, saved = arch.layers // pp // vpp, layer_input(arch, split), saved_by_layer(arch, 0, split, 1)
     for stage, reply in enumerate(replies):
         held, passes = reply["peak"]["layers"] - vpp * frequencies(arch), passes_in_flight(layout, stage, microbatches)
-        expected = passes * layers * one + saved - one if recompute == "full" else passes * layers * saved
+        expected = passes * layers * saved
+        if recompute != "train.recompute=none":
+            expected = passes * (one + (layers - 1) * saved) if recompute == BLOCK else passes * layers * one + saved - one
         ahead = held - expected  # inputs of passes that have not begun, or whose backward pass has just ended
         assert ahead in (0, one, 2 * one)
-        planned = stage_activations(arch, layout, stage, split, microbatches, recompute)
+        how = Recomputation.of(load_config(None, [recompute]).train)
+        planned = stage_activations(arch, layout, stage, split, microbatches, how)
         planned -= gradients_of_layer(arch, 0, split, 1)
         assert planned - 2 * one <= held + reply["peak"]["outputs"] <= planned
         assert reply["left"]["outputs"] == 0

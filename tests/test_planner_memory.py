@@ -21,6 +21,7 @@ from etr_megatron.planner.activations import (
 )
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cuda_graphs import _prefill_sizes, graph_bytes
+from etr_megatron.planner.recompute import Recomputation
 from etr_megatron.weights import TrainingLayout, read_architecture
 
 QWEN_32B = MODELS.parent / "qwen3_32b_32gpu.yaml"
@@ -273,8 +274,8 @@ def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     # Two microbatches of 18 layers are in flight; the recomputed layer's saved tensors include its input. Four hidden states
     # are handed on. At the gate: gradients of its halves, split over TP, and of the layer's output, whole and split.
     beside = 1000 * (2 * 12288 // 2 + 4096 + 4096 // 2) * 2 + 4 * one
-    assert stage_activations(arch, layout, 0, split, 8, "full") == (2 * 18 - 1) * one + saved + beside
-    assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + beside
+    assert stage_activations(arch, layout, 0, split, 8, Recomputation(layers=None)) == (2 * 18 - 1) * one + saved + beside
+    assert stage_activations(arch, layout, 0, split, 8, Recomputation()) == 2 * 18 * saved + beside
 
 
 def test_only_the_last_stage_has_the_head_and_servers_are_counted_where_they_share_the_gpus() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from etr_megatron.config import Config, Fp8Config, load_config, resolve
-from etr_megatron.policy import Layout, Policy
+from etr_megatron.policy import Layout, Policy, model_config
 from etr_megatron.policy import policy as policy_module
 from etr_megatron.policy.model_config import TransformerConfig, transformer_config, uses_transformer_engine
 from etr_megatron.policy.packing import Microbatch
@@ -140,10 +140,11 @@ def test_a_policy_hands_on_all_settings_of_the_model(hf_models, monkeypatch):
         raise BuiltUpTo(options)
 
     monkeypatch.setattr(policy_module, "require_fp8", lambda fp8: None)
-    monkeypatch.setattr(policy_module, "transformer_config", refuse)
+    monkeypatch.setattr(model_config, "transformer_config", refuse)
     config = configured(
         *("parallel.tp=2", "parallel.cp=2", "parallel.cp_comm=a2a", "parallel.sequence_parallel=true", "fp8.recipe=mxfp8"),
         *("train.recompute=full", "train.moe_aux_loss_coef=0.25", "train.moe_router_fp32=true"),
+        "train.megatron.moe_permute_fusion=true",
     )
     with pytest.raises(BuiltUpTo) as reached:
         Policy(read_architecture(hf_models["qwen3_moe"]), hf_models["qwen3_moe"], config, ONE_RANK)
@@ -156,6 +157,7 @@ def test_a_policy_hands_on_all_settings_of_the_model(hf_models, monkeypatch):
         aux_loss_coef=0.25,
         router_fp32=True,
         fp8=Fp8Config(recipe="mxfp8"),
+        fields={"moe_permute_fusion": True},
     )
 
 

@@ -12,10 +12,13 @@ from etr_megatron.config.schema import Config
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Section -> key -> plain value (tuples become lists), ready for YAML or JSON."""
-    return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in asdict(config).items()
-    }
+    return {section: {key: _plain(value) for key, value in values.items()} for section, values in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def dump_yaml(config: Config) -> str:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -39,7 +39,7 @@ class _Problems:
 @dataclass(frozen=True)
 class _Setting:
     """One value as the user wrote it. shown: its text, shortened for messages. verbatim: the raw text of an override, None in a
-    file."""
+    file. entry: the name of the only entry that it sets, of a mapping; None for a whole value."""
 
     section: str
     name: str
@@ -47,10 +47,20 @@ class _Setting:
     shown: str
     source: str
     verbatim: str | None = None
+    entry: str | None = None
 
     @property
     def key(self) -> str:
         return f"{self.section}.{self.name}"
+
+    @property
+    def written(self) -> str:
+        return self.key if self.entry is None else f"{self.key}.{self.entry}"
+
+    @property
+    def hint(self) -> Any:
+        hint = SECTIONS[self.section][self.name]
+        return hint if self.entry is None else get_args(hint)[1]
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -69,17 +79,20 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     config = Config()
     sources: dict[str, str] = {}
-    # Only the last setting of a key counts: an override also fixes a bad value in the file.
-    for setting in {s.key: s for s in settings}.values():
+    for setting in _last_of_each(settings):
         try:
             value = _value(setting)
         except Mismatch as mismatch:
             problems.tell(_told_mismatch(setting, mismatch), [setting.key])
             continue
-        section = replace(getattr(config, setting.section), **{setting.name: value})
-        config = replace(config, **{setting.section: section})
-        sources[setting.key] = setting.source
-        if setting.source == OVERRIDE:  # even if the file's value could not be read
+        section, source = getattr(config, setting.section), setting.source
+        if setting.entry is not None:
+            value = {**getattr(section, setting.name), setting.entry: value}
+            earlier = sources.get(setting.key, source)
+            source = earlier if earlier.endswith(source) else f"{earlier}, {source}"
+        config = replace(config, **{setting.section: replace(section, **{setting.name: value})})
+        sources[setting.written], sources[setting.key] = setting.source, source
+        if setting.source == OVERRIDE and setting.entry is None:  # even if the file's value could not be read
             problems.unread.discard(setting.key)
 
     found = [one for one in violations(config) if problems.unread.isdisjoint(depends_on(one, config))]
@@ -89,18 +102,30 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
+def _last_of_each(settings: Sequence[_Setting]) -> list[_Setting]:
+    """The settings that count: the last one of a key, which also fixes a bad value in the file, and the last one of every entry
+    of a mapping after that."""
+    kept: dict[str, dict[str | None, _Setting]] = {}
+    for setting in settings:
+        if setting.entry is None:
+            kept[setting.key] = {}
+        kept.setdefault(setting.key, {})[setting.entry] = setting
+    return [setting for by_entry in kept.values() for setting in by_entry.values()]
+
+
 def _value(setting: _Setting) -> Any:
-    hint = SECTIONS[setting.section][setting.name]
     if setting.node is None:  # an override that is not valid YAML can still be plain text
         assert setting.verbatim is not None  # nothing is read from a file that is not
-        return plain_text(setting.verbatim, hint)
-    return coerce(setting.node, hint, setting.verbatim)
+        return plain_text(setting.verbatim, setting.hint)
+    return coerce(setting.node, setting.hint, setting.verbatim)
 
 
 def _told_mismatch(setting: _Setting, mismatch: Mismatch) -> str:
     if not setting.shown:
-        return f"{setting.key} ({setting.source}): the value is empty; give {mismatch}, or leave the key out for its default"
-    return f"{setting.key} = {setting.shown} ({setting.source}): must be {mismatch}"
+        return (
+            f"{setting.written} ({setting.source}): the value is empty; give {mismatch}, or leave the key out for its default"
+        )
+    return f"{setting.written} = {setting.shown} ({setting.source}): must be {mismatch}"
 
 
 def _read_override(override: str, problems: _Problems) -> _Setting | None:
@@ -113,6 +138,7 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
         near, hint = _nearest(section)
         problems.tell(f"{section} ({OVERRIDE}): an override must have the form section.key=value{hint}", near)
         return None
+    name, entry = _mapping_and_entry(section, name)
     if not _known(section, name, OVERRIDE, problems):
         return None
     try:
@@ -122,7 +148,14 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
     else:
         # An empty value is not a YAML document; it means null, as in a file.
         node = node if node is not None else yaml.ScalarNode("tag:yaml.org,2002:null", "")
-    return _Setting(section, name, node, _shorten(text), OVERRIDE, verbatim=text)
+    return _Setting(section, name, node, _shorten(text), OVERRIDE, verbatim=text, entry=entry)
+
+
+def _mapping_and_entry(section: str, name: str) -> tuple[str, str | None]:
+    """`options.margin` as (options, margin) if that key is always a mapping; else (name, None)."""
+    mapping, dot, entry = name.partition(".")
+    is_entry = dot and get_origin(SECTIONS.get(section, {}).get(mapping)) is dict
+    return (mapping, entry) if is_entry else (name, None)
 
 
 def _read_file(path: Path, problems: _Problems) -> list[_Setting]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective, tensor_parallel
 from etr_megatron.config.invalid import InvalidConfigError
-from etr_megatron.config.rules import train
+from etr_megatron.config.rules import megatron, train
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import render, validate
 
@@ -27,7 +27,7 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
     if config.run.platform == "cuda" and not cuda:
         problems.append('run.platform = "cuda": this machine has no CUDA device; set run.platform=cpu')
     if config.run.platform == "cpu" or not cuda:
-        problems += [render(violation, config) for violation in train.on_cpu(config)]
+        problems += [render(violation, config) for rule in (train.on_cpu, megatron.on_cpu) for violation in rule(config)]
     if problems:
         raise InvalidConfigError(f"invalid configuration on {world_size} ranks", problems, config)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from etr_megatron.config.defaults import fill_objective
 from etr_megatron.config.presets import PRESETS
 from etr_megatron.config.rules import DOUBTS, RULES, Violation, get, parallel
+from etr_megatron.config.rules.violation import without_entry
 from etr_megatron.config.schema import Config
 
 
@@ -36,14 +37,14 @@ def violations(config: Config, world_size: int | None = None) -> list[Violation]
 
 def depends_on(violation: Violation, config: Config) -> set[str]:
     """The keys whose values cause the violation, including the preset if it sets one of them."""
-    keys = {*violation.keys, *violation.given}
+    keys = {without_entry(key) for key in (*violation.keys, *violation.given)}
     is_inherited = any(key.startswith("objective.") and get(config, key) is None for key in keys)
     return keys | ({"objective.preset"} if is_inherited else set())
 
 
 def wrong_alone(found: Iterable[Violation]) -> set[str]:
     """The keys whose value is wrong regardless of the others."""
-    return {one.keys[0] for one in found if len(one.keys) == 1}
+    return {without_entry(one.keys[0]) for one in found if len(one.keys) == 1}
 
 
 def render(violation: Violation, config: Config, sources: Mapping[str, str] | None = None) -> str:
@@ -53,9 +54,10 @@ def render(violation: Violation, config: Config, sources: Mapping[str, str] | No
     for key in violation.keys:
         source = ""
         if sources is not None:
-            section, name = key.split(".")
+            section, name = without_entry(key).split(".")
             from_preset = section == "objective" and getattr(config.objective, name) is None
             inherited = name in PRESETS[config.objective.preset] and from_preset
-            source = f" ({sources.get(key) or (f'preset {config.objective.preset}' if inherited else 'default')})"
+            written = sources.get(key) or sources.get(without_entry(key))
+            source = f" ({written or (f'preset {config.objective.preset}' if inherited else 'default')})"
         parts.append(f"{key} = {json.dumps(get(filled, key), ensure_ascii=False)}{source}")
     return f"{', '.join(parts)}: {violation.message}"

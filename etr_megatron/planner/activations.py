@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from etr_megatron.planner.recompute import Recomputation
+
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts, TrainingLayout
 
@@ -187,33 +189,48 @@ def stage_activations(
     stage: int,
     split: Split,
     microbatches: int,
-    recompute: str,
+    recomputation: Recomputation,
     *,
     ends_in_bf16: bool = False,
+    outputs_freed: bool = False,
 ) -> int:
-    """Peak bytes of activations on a rank of `stage`. recompute: `train.recompute`. ends_in_bf16: whether, with FP8, the first
-    and the last layer are in bf16 (`fp8.first_last_layers_bf16`).
+    """Peak bytes of activations on a rank of `stage`. ends_in_bf16: whether, with FP8, the first and the last layer are in bf16
+    (`fp8.first_last_layers_bf16`). outputs_freed: see below.
 
-    With a pipeline, the schedule also holds the output of each pass until its backward pass, and two outputs in transit.
+    With a pipeline, the schedule also holds the output of each pass until its backward pass, unless Megatron frees it
+    (`deallocate_pipeline_outputs`), and two outputs in transit.
     """
     layers = [layer for layer in range(arch.layers) if layout.chunk_of(layer, arch)[0] == stage]
     whole = replace(split, fp8="none")
-    saved = [
-        saved_by_layer(arch, layer, whole if ends_in_bf16 and layer in (0, arch.layers - 1) else split, layout.expert_tp)
-        for layer in layers
-    ]
-    if recompute == "selective":
-        saved = [each + beside_recomputed_attention(arch, split) for each in saved]
-    passes = passes_in_flight(layout, stage, microbatches)
-    flights, one = passes / layout.vpp, layer_input(arch, split)
+    chunks: dict[int, list[int]] = {}
+    for layer in layers:
+        in_bf16 = ends_in_bf16 and layer in (0, arch.layers - 1)
+        saved = saved_by_layer(arch, layer, whole if in_bf16 else split, layout.expert_tp)
+        beside = beside_recomputed_attention(arch, split) if recomputation.attention else 0
+        chunks.setdefault(layout.chunk_of(layer, arch)[1], []).append(saved + beside)
+    passes, one = passes_in_flight(layout, stage, microbatches), layer_input(arch, split)
     handed_on = 0
     if layout.pp > 1:  # the last chunk sends no output
-        handed_on = one * (2 if layout.vpp == 1 and stage == layout.pp - 1 else 2 + passes)
+        is_alone = layout.vpp == 1 and stage == layout.pp - 1
+        handed_on = one * (2 if is_alone or outputs_freed else 2 + passes)
     working = max(gradients_of_layer(arch, layer, split, layout.expert_tp) for layer in layers)
-    if recompute == "full":
-        # The recomputed layer saves its input as a reference to the tensor that was kept, so it counts once.
-        return int(flights * len(layers) * one) + max(saved) - one + working + handed_on
-    return int(flights * sum(saved)) + working + handed_on
+    found = [_kept_of_chunk(saved, recomputation, one, split) for saved in chunks.values()]
+    kept, again = sum(bytes_kept for bytes_kept, _ in found), max(more for _, more in found)
+    return int(passes / layout.vpp * kept) + again + working + handed_on
+
+
+def _kept_of_chunk(saved: list[int], recomputation: Recomputation, one: int, split: Split) -> tuple[int, int]:
+    """(bytes that a pass of a model chunk keeps, bytes that its backward pass adds to them). saved: by each of its layers. one:
+    of a layer's input.
+
+    Recomputed layers are the first ones, so the others' activations are gone when their backward pass begins. A recomputed unit
+    saves its input as a reference to the tensor that was kept, so it counts once, unless it was spread over ranks.
+    """
+    number = recomputation.in_chunk(len(saved))
+    units = [sum(saved[first : min(number, first + recomputation.unit)]) for first in range(0, number, recomputation.unit)]
+    rest, own = sum(saved[number:]), one // split.tp if recomputation.spread else one
+    again = max(units, default=0) - rest - (0 if recomputation.spread else own)
+    return len(units) * own + rest, max(0, again)
 
 
 def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bool = False) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from etr_megatron.cli import last_of_each, parse_args
-from etr_megatron.config import ARITHMETIC, Config, load_config, sources_of
+from etr_megatron.config import ARITHMETIC, Config, Fp8Config, load_config, sources_of
 from etr_megatron.errors import UserError
 from etr_megatron.planner.advice import suggestions
 from etr_megatron.planner.architecture import architecture_of
@@ -165,20 +165,12 @@ def elements_built(arch: Architecture, config: Config, world: int, rank: int) ->
     with _fake_rank(rank, world):
         from etr_megatron.policy import configured_layout, model
         from etr_megatron.policy.adapters import PolicyAdapters
-        from etr_megatron.policy.model_config import transformer_config
+        from etr_megatron.policy.megatron_fields import without_gpu
+        from etr_megatron.policy.model_config import configured_transformer
 
         layout = configured_layout(config)
-        # Without FP8: it changes no parameter, and Megatron would need Transformer Engine.
-        megatron = transformer_config(
-            arch,
-            layout,
-            sequence_parallel=config.parallel.sequence_parallel,
-            dtype=torch.float32 if config.model.dtype == "float32" else torch.bfloat16,
-            recompute=config.train.recompute,
-            cp_comm=config.parallel.cp_comm,
-            aux_loss_coef=config.train.moe_aux_loss_coef,
-            router_fp32=config.train.moe_router_fp32,
-        )
+        # Without FP8 and other options of Transformer Engine: they change no parameter.
+        megatron = configured_transformer(arch, layout, without_gpu(replace(config, fp8=Fp8Config())))
         megatron.perform_initialization = False
         with torch.device("cpu"):
             frequencies = model.rotary_frequencies(arch)  # transformers computes Llama's on an explicit device

@@ -14,6 +14,7 @@ from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
 from etr_megatron.planner.cuda_graphs import graph_bytes
 from etr_megatron.planner.nccl import nccl_bytes
 from etr_megatron.planner.parameters import RankParameters, largest_weight, parameters_by_rank
+from etr_megatron.planner.recompute import Recomputation
 from etr_megatron.planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -216,8 +217,9 @@ def _activations_of_stages(
             stage,
             split,
             work.most_microbatches,
-            config.train.recompute,
+            Recomputation.of(config.train),
             ends_in_bf16=config.fp8.first_last_layers_bf16,
+            outputs_freed=config.train.megatron.get("deallocate_pipeline_outputs") is True,
         )
         for stage in range(layout.pp)
     ]

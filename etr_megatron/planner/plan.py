@@ -16,6 +16,7 @@ from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_l
 from etr_megatron.planner.hardware import H100, Hardware
 from etr_megatron.planner.memory import RankMemory, ServerMemory, element_bytes, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
+from etr_megatron.planner.recompute import uncounted
 from etr_megatron.planner.speed import StepTime, step_time
 from etr_megatron.planner.workload import Workload, workload_of
 from etr_megatron.served import check_served
@@ -92,7 +93,8 @@ class Plan:
         return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan for `--json`: bytes, seconds and counts; `time` is None if servers do not fit, see `time`."""
+        """The plan for `--json`: bytes, seconds and counts; `time` is None if servers do not fit, see `time`. uncounted: keys
+        that the plan ignores."""
         ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
         return {
             "gpu": self.gpu.name,
@@ -103,6 +105,7 @@ class Plan:
             "fits": self.fits,
             "usable_bytes": usable(self.gpu_memory),
             "tightest_rank": self.tightest.rank,
+            "uncounted": [f"train.megatron.{name}" for name in uncounted(self.config.train)],
             "cluster": asdict(self.cluster),
             "workload": {**asdict(self.work), "tokens": self.work.tokens},
             "server": {**asdict(self.server), "cache_tokens": self.server.cache_tokens},

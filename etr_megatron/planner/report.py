@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from etr_megatron.planner.advice import Suggestion
 from etr_megatron.planner.memory import GIB, RankMemory, usable
 from etr_megatron.planner.plan import Plan
+from etr_megatron.planner.recompute import uncounted
 
 
 def render(plan: Plan, advice: Sequence[Suggestion] = ()) -> str:
@@ -66,6 +67,8 @@ def _head(plan: Plan) -> Iterator[str]:
         f"given), {work.longest:,} at most"
     )
     yield f"           microbatches of at most {work.microbatch_tokens:,} tokens, {work.microbatches} a rank and optimizer step"
+    if names := uncounted(plan.config.train):
+        yield f"           (planned as if without these fields of train.megatron, which are not counted: {', '.join(names)})"
     if plan.snapshot_on_host:
         yield f"checkpoint its copy takes {gib(plan.snapshot_on_host)} GiB of a node's memory until it is written"
 

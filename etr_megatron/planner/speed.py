@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from etr_megatron.config import LOSSES, Config, sync_of
 from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.adapters import RankAdapters, base_seconds, merge_seconds, projection_seconds
-from etr_megatron.planner.cluster import Cluster
+from etr_megatron.planner.cluster import Cluster, training_layout
 from etr_megatron.planner.decode import generation_seconds, response_lengths
 from etr_megatron.planner.hardware import Hardware
 from etr_megatron.planner.memory import ServerMemory, element_bytes, fp8_bytes
 from etr_megatron.planner.parameters import total_matrices, total_parameters
+from etr_megatron.planner.recompute import Recomputation
 from etr_megatron.planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def step_time(
     efficiency = gpu.dense_efficiency if arch.experts is None else gpu.expert_efficiency
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
-    passes = 4 if config.train.recompute == "full" else 3
+    passes = 3 + Recomputation.of(config.train).share(arch, training_layout(config, cluster))
     heads = _head_products(config)
     forward = (body / fp8 + head) / rate
     model_bytes = total_parameters(arch) * element_bytes(config)

@@ -95,9 +95,10 @@ def forget_routing(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
-        for name, value in vars(dispatcher).items() if dispatcher is not None else ():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                setattr(dispatcher, name, None)
+        for keeper in (dispatcher, getattr(dispatcher, "_comm_manager", None)):  # the latter: of the flex dispatcher
+            for name, value in vars(keeper).items() if keeper is not None else ():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(keeper, name, None)
 
 
 def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) -> list[PolicyModel]:

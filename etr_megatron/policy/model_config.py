@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from etr_megatron import platform
-from etr_megatron.config import Fp8Config
+from etr_megatron.config import Config, Fp8Config
 from etr_megatron.policy.fp8 import fp8_options
 from etr_megatron.policy.local_layers import LocalRMSNorm, PackedAttention
+from etr_megatron.policy.megatron_fields import complaints_about, fields_of
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def uses_transformer_engine() -> bool:
@@ -41,11 +45,13 @@ def transformer_config(
     aux_loss_coef: float = 0.0,
     router_fp32: bool = False,
     fp8: Fp8Config | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's config for the policy.
+    """Megatron's config for the policy. fields: `train.megatron`.
 
     `calculate_per_token_loss` is on, so that Megatron does not divide the loss: our own denominator already does.
-    `variable_seq_lengths` is on for pipelines, because packed microbatches differ in length.
+    `variable_seq_lengths` is on for pipelines, because packed microbatches differ in length. Raises UserError if Megatron
+    refuses the fields.
     """
     fused = uses_transformer_engine()
     recompute_options: dict[str, dict[str, Any]] = {
@@ -53,7 +59,7 @@ def transformer_config(
         "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     }
-    return (MLATransformerConfig if arch.latent else TransformerConfig)(
+    options = dict[str, Any](
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
@@ -87,6 +93,24 @@ def transformer_config(
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
         **recompute_options[recompute],
         **fp8_options(fp8 or Fp8Config(), experts=arch.experts is not None),
+    )
+    with complaints_about(fields or {}):
+        return (MLATransformerConfig if arch.latent else TransformerConfig)(**{**options, **fields_of("model", fields or {})})
+
+
+def configured_transformer(arch: Architecture, layout: Layout, config: Config) -> TransformerConfig:
+    """`transformer_config` of a resolved config."""
+    return transformer_config(
+        arch,
+        layout,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=DTYPES[config.model.dtype],
+        recompute=config.train.recompute,
+        cp_comm=config.parallel.cp_comm,
+        aux_loss_coef=config.train.moe_aux_loss_coef,
+        router_fp32=config.train.moe_router_fp32,
+        fp8=config.fp8,
+        fields=config.train.megatron,
     )
 
 

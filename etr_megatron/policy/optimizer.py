@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from etr_megatron import platform
 from etr_megatron.config import Config
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from etr_megatron.policy.megatron_fields import fields_of
+from etr_megatron.policy.model_config import DTYPES
 
 
 def wrap_chunks(
@@ -24,6 +24,7 @@ def wrap_chunks(
     """Wrap every chunk in Megatron's DDP, which reduces gradients over data- and context-parallel ranks."""
     train = config.train
     options = DistributedDataParallelConfig(
+        **fields_of("ddp", train.megatron),
         grad_reduce_in_fp32=train.grads_dtype == "float32",
         use_distributed_optimizer=train.distributed_optimizer,
         overlap_grad_reduce=train.overlap_grad_reduce,
@@ -43,6 +44,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
     # Adapters are fp32 in a model of any type, and Megatron's optimizer for bf16 cannot store the state of such parameters.
     dtype = "float32" if config.lora.rank else config.model.dtype
     return OptimizerConfig(
+        **fields_of("optimizer", train.megatron),
         optimizer="adam",
         lr=train.lr,
         min_lr=train.min_lr,

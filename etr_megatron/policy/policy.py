@@ -34,10 +34,11 @@ from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import padded_length
 from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import require_fp8, token_multiple
+from etr_megatron.policy.megatron_fields import complaints_about
 from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
-from etr_megatron.policy.model_config import transformer_config
-from etr_megatron.policy.optimizer import DTYPES, build_optimizer, lr_scheduler, wrap_chunks
+from etr_megatron.policy.model_config import configured_transformer
+from etr_megatron.policy.optimizer import build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
@@ -76,27 +77,19 @@ class Policy:
 
     chunks: this rank's `layout.vpp` model chunks. adapters: with `lora.rank`, the low-rank adapters, which are trained instead
     of the chunks' weights; the reference is then the model without adapters. config must be resolved (no `auto`). Raises
-    UserError for a checkpoint that cannot be read, and for FP8 where Megatron would silently train without it.
+    UserError for a checkpoint that cannot be read, for FP8 where Megatron would silently train without it, and for fields in
+    `train.megatron` that Megatron refuses.
     """
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
         self.arch, self.config, self.layout = arch, config, layout
         require_fp8(config.fp8)
-        self._megatron = transformer_config(
-            arch,
-            layout,
-            sequence_parallel=config.parallel.sequence_parallel,
-            dtype=DTYPES[config.model.dtype],
-            recompute=config.train.recompute,
-            cp_comm=config.parallel.cp_comm,
-            aux_loss_coef=config.train.moe_aux_loss_coef,
-            router_fp32=config.train.moe_router_fp32,
-            fp8=config.fp8,
-        )
+        self._megatron = configured_transformer(arch, layout, config)
         if config.lora.rank:
             # The fused kernel adds to `main_grad`, which adapted weights do not have.
             self._megatron.gradient_accumulation_fusion = False
-        self.chunks = build_chunks(arch, self._megatron, layout)
+        with complaints_about(config.train.megatron):
+            self.chunks = build_chunks(arch, self._megatron, layout)
         self.reference: list[PolicyModel] | None = None
         self.has_reference = config.objective.kl_coef > 0
         if self.has_reference and not config.lora.rank:

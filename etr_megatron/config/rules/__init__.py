@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from etr_megatron.config.rules import inputs, lora, objective, parallel, rollout, train, values
+from etr_megatron.config.rules import inputs, lora, megatron, objective, parallel, rollout, train, values
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
 
@@ -24,6 +24,7 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     objective.clip_range,
     train.train,
     train.fp8,
+    megatron.megatron,
     lora.lora,
     parallel.parallel,
 )
@@ -32,4 +33,4 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
 DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (objective.off_policy, inputs.observation)
 """Rules for settings that work but are probably unintended: they cause a warning at the start of a run, not an error."""
 
-__all__ = ["DOUBTS", "RULES", "Violation", "get", "parallel", "train"]
+__all__ = ["DOUBTS", "RULES", "Violation", "get", "megatron", "parallel", "train"]

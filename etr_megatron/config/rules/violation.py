@@ -12,8 +12,8 @@ from etr_megatron.config.schema import Config
 class Violation:
     """A constraint that does not hold.
 
-    keys: the `section.key`s it is about. message: the constraint and the fix. given: further keys that it depends on, which are
-    not shown.
+    keys: the `section.key`s it is about, or `section.key.name` of one entry of a mapping. message: the constraint and the fix.
+    given: further keys that it depends on, which are not shown.
     """
 
     keys: tuple[str, ...]
@@ -22,6 +22,12 @@ class Violation:
 
 
 def get(config: Config, key: str) -> Any:
-    """The value at `section.key`."""
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    """The value at `section.key`, or at `section.key.name`."""
+    section, name, *entry = key.split(".", 2)
+    value = getattr(getattr(config, section), name)
+    return value[entry[0]] if entry else value
+
+
+def without_entry(key: str) -> str:
+    """`section.key` of a key that may name an entry."""
+    return ".".join(key.split(".", 2)[:2])

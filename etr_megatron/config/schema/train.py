@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -65,3 +65,7 @@ class TrainConfig:
     head_chunk_rows: int | None = None
     """Loss rows per chunk of the LM head. `rows x V/TP` fp32 logits exist at a time, with TP on CUDA twice that. null is at
     most 384 on CPU and 1024 on CUDA."""
+    megatron: dict[str, bool | int | float | tuple[str, ...] | str] = field(default_factory=dict)
+    """Fields of Megatron's own configs for which there is no key here, such as `{recompute_granularity: full, recompute_method:
+    block, recompute_num_layers: 8}`. `train.megatron.moe_permute_fusion=true` sets one. Which, and what they do:
+    [Fields of Megatron](#fields-of-megatron)."""
