@@ -66,13 +66,14 @@ def parse_args(argv: list[str], usage: str = USAGE) -> tuple[Path, list[str]]:
 
 
 def last_of_each(overrides: list[str]) -> list[str]:
-    """The overrides that count: the last one of each key. Prints a note for a key that is given with different values.
+    """The overrides that count, in order: the last of each key. Prints a note for a key that is given with different values.
 
     The example scripts append an override to those of the user, so a repeated key is no mistake.
     """
     values: dict[str, list[str]] = {}
     for override in overrides:
-        values.setdefault(override.partition("=")[0].strip(), []).append(override)
+        key = override.partition("=")[0].strip()
+        values[key] = [*values.pop(key, []), override]  # a mapping that is given after one of its entries replaces it
     for key, given in values.items():
         if len(set(given)) > 1:
             print(f"note: {key} is given {len(given)} times on the command line; the last counts: {given[-1]}", file=sys.stderr)
