@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from etr_megatron import cli
-from etr_megatron.cli import default_config, parse_args
+from etr_megatron.cli import default_config, last_of_each, parse_args
 from etr_megatron.config import Config, ParallelConfig, RolloutConfig, SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.launch import default_nproc, main
@@ -44,6 +44,11 @@ def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> 
     with pytest.raises(UserError) as caught:
         parse_args(shlex.split(line))
     assert part in str(caught.value)
+
+
+def test_of_overrides_the_order_of_the_last_ones_is_kept() -> None:
+    """A mapping replaces entries that were given before it, and not those after it."""
+    assert last_of_each(["m.a=1", "x=1", "m={b: 2}", "m.a=3", "x=1"]) == ["m={b: 2}", "m.a=3", "x=1"]
 
 
 def test_the_launchers_usage_has_all_of_its_options_wherever_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
