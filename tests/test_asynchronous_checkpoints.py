@@ -115,6 +115,7 @@ def disk_full(model: str, folder: str, number: int) -> dict[str, Any]:
     with _fail_on_rank1(number):
         saver.save(there, 2, policy, {}, ())
         said = _checked_until_it_fails(saver)
+    dist.barrier()  # rank 0 has removed the partial checkpoint
     left = sorted(entry.name for entry in there.iterdir())
     dist.barrier()
     saver.save(there, 3, policy, {}, ())
