@@ -66,7 +66,7 @@ class Gang:
 
     def _start(self, nursery: Nursery, rank: int) -> _Worker:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
-        return _Worker(nursery, {**ranks, "GANG_STORE": f"file://{self._store}/store"})
+        return _Worker(nursery, {**ranks, "GANG_STORE": f"file://{self._store}/store", "NURSERY": nursery.address})
 
     @property
     def alive(self) -> bool:

@@ -1,6 +1,9 @@
-"""A process that others are forked from, which saves them the seconds of their imports: `python -m tests.nursery MODULE...`
+"""A process that others are forked from, which saves them the seconds of their imports:
+
+    python -m tests.nursery FD MODULE...
 
 It imports the modules and reads requests, a line of JSON each, from a socket that is its stdin. `Nursery` is a test's handle.
+Other processes connect to the socket that the file descriptor FD listens at, see `Nursery.at`.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ import gc
 import importlib
 import json
 import os
+import selectors
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +53,37 @@ CAN_IMPORT = not os.path.exists("/dev/nvidiactl")
 class Nursery:
     """The process.
 
-    environment: of it, and of forks that are given no other; what there is when it is made if None.
+    environment: of it, and of forks that are given no other; what there is when it is made if None. python: its interpreter.
     imports: modules that it has before it forks; none if there is a GPU, as importing Megatron may initialise CUDA, which
     forked processes then cannot use.
     """
 
-    def __init__(self, *imports: str, environment: dict[str, str] | None = None) -> None:
-        self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "tests.nursery", "torch.distributed", *(imports if CAN_IMPORT else ())]
-        with theirs:
+    def __init__(self, *imports: str, environment: dict[str, str] | None = None, python: str = sys.executable) -> None:
+        folder = tempfile.mkdtemp(prefix="nursery")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.address = f"{folder}/socket"
+        ours, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen()
+            fd = listener.fileno()
+            command = [python, "-m", "tests.nursery", str(fd), "torch.distributed", *(imports if CAN_IMPORT else ())]
             env = {**(environment or os.environ), "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(command, stdin=theirs, env=env, cwd=ROOT)
-        self._replies = self._socket.makefile("r")
-        self._lock = threading.Lock()
+            self._process = subprocess.Popen(command, stdin=theirs, env=env, cwd=ROOT, pass_fds=(fd,))
+        self._talk_through(ours)
+
+    @classmethod
+    def at(cls, address: str) -> Nursery:
+        """The nursery of another process, which alone may `stop` it."""
+        self = cls.__new__(cls)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address)
+        self.address = address
+        self._talk_through(connection)
+        return self
+
+    def _talk_through(self, connection: socket.socket) -> None:
+        self._socket, self._replies, self._lock = connection, connection.makefile("r"), threading.Lock()
 
     def start(self, function: str, *files: int, **arguments: Any) -> int:
         """The pid of a fork that calls `module:function` with copies of these file descriptors, a list, and the arguments."""
@@ -98,22 +123,40 @@ def _main() -> None:
     die_with_parent()
     gc.disable()  # during imports, collections take a fifth of the time
     warnings.simplefilter("ignore")
-    for name in sys.argv[1:]:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.freeze()  # forks never look at, and so never copy, what is there
-    requests = socket.socket(fileno=os.dup(0))
-    while True:
-        data, files, _, _ = socket.recv_fds(requests, 1 << 16, 8)
-        if not data:
-            return
-        while not data.endswith(b"\n"):
-            data += requests.recv(1 << 16)
-        request = json.loads(data)  # one at a time: the next is sent only after the answer
-        requests.sendall(f"{_answer(request, files, requests)}\n".encode())
+    first, listener = socket.socket(fileno=os.dup(0)), socket.socket(fileno=int(sys.argv[1]))
+    with selectors.DefaultSelector() as ready:
+        ready.register(first, selectors.EVENT_READ)
+        ready.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in ready.select():
+                if key.fileobj is listener:
+                    ready.register(listener.accept()[0], selectors.EVENT_READ)
+                    continue
+                try:
+                    _serve(key.fileobj, ready)
+                except (ConnectionError, EOFError):  # the other process has ended
+                    if key.fileobj is first:
+                        return
+                    ready.unregister(key.fileobj)
+                    key.fileobj.close()
 
 
-def _answer(request: dict[str, Any], files: list[int], requests: socket.socket) -> int:
-    """See `Nursery`."""
+def _serve(requests: socket.socket, ready: selectors.BaseSelector) -> None:
+    """Answer one request. Raises EOFError when no more come."""
+    data, files, _, _ = socket.recv_fds(requests, 1 << 16, 8)
+    while not data.endswith(b"\n"):
+        if not (more := requests.recv(1 << 16) if data else b""):
+            raise EOFError
+        data += more
+    request = json.loads(data)  # one at a time: the next is sent only after the answer
+    requests.sendall(f"{_answer(request, files, ready)}\n".encode())
+
+
+def _answer(request: dict[str, Any], files: list[int], ready: selectors.BaseSelector) -> int:
+    """See `Nursery`. ready: of sockets that a fork closes."""
     if "poll" in request:
         return int(os.waitid(os.P_PID, request["poll"], os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
     if "end" in request:
@@ -123,7 +166,9 @@ def _answer(request: dict[str, Any], files: list[int], requests: socket.socket) 
         code = 1
         try:
             die_with_parent(nursery)
-            requests.close()
+            for key in [*ready.get_map().values()]:
+                key.fileobj.close()
+            ready.close()
             module, name = request["start"].split(":")
             getattr(importlib.import_module(module), name)(files, **request["arguments"])
             code = 0

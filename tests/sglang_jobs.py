@@ -34,6 +34,7 @@ from etr_megatron.weights.quantize import quantize_blocks
 from tests.fake_servers import impatient_with
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
+from tests.warm_servers import start_warm
 
 TEMPERATURE = 0.9
 
@@ -47,9 +48,13 @@ def engine_of(
     bucket_bytes: int | None = None,
     routing: bool = False,
     stop_strings: StopStrings = NO_STOP_STRINGS,
+    warm: bool = True,
+    real: str | None = None,
     **settings: Any,
 ) -> SglangEngine:
-    """bucket_bytes: for `broadcast` and `tensor`; may be less than `bucket_mib` allows, as the tests' models are small."""
+    """bucket_bytes: for `broadcast` and `tensor`; may be less than `bucket_mib` allows, as the tests' models are small.
+    warm, real: see `start_warm`."""
+    start_warm(warm, real)
     more = dict(temperature=TEMPERATURE, max_gap=max_gap, routing=routing, stop_strings=stop_strings)
     serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), **more)
     engine = SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)

@@ -22,6 +22,7 @@ from tests.hang import collectives_within
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
 from tests.sglang_jobs import behaving, engine_of, hanging, states_of, sums_of
+from tests.warm_servers import start_warm
 
 
 @contextmanager
@@ -105,6 +106,7 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
     """Two ranks, the first of which runs a node of servers in a thread; what these are sent. collective_s: the deadline of a
     collective while servers start."""
     policy = build(model, ["parallel.tp=2"])
+    start_warm()
     config = SglangConfig(bucket_mib=1, update_timeout_s=60, probe_every=0, dedicated_nodes=1, **settings)
     serving = Serving(policy.arch, "float32", "gloo", (), Path(directory), temperature=1.0, max_gap=1.0)
     with ExitStack() as stack:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks import gpu, gpu_device, gpu_head, gpu_policy, gpu_step
 from etr_megatron.weights import Architecture
+from tests import warm
 
 CPU = torch.device("cpu")
 
@@ -142,11 +142,12 @@ def test_without_a_device_it_says_what_runs_instead(capsys):
 
 def gpu_tests(**environment: str) -> str:
     """Runs tests/gpu, which must pass, and returns pytest's output."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "tests/gpu"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
-    done = subprocess.run(command, cwd=gpu.ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    done = warm.start(command, env)
+    said, _ = done.communicate(timeout=600)
+    assert done.returncode == 0, said
+    return said
 
 
 @pytest.mark.slow

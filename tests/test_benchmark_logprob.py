@@ -8,16 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from benchmarks import logprob, logprob_contestants, logprob_rank
+from benchmarks import fresh_ranks, logprob, logprob_contestants, logprob_rank
 from benchmarks.logprob_contestants import Contestant
 from benchmarks.logprob_problem import make_problem
 from benchmarks.logprob_report import table, targets
 from benchmarks.targets import summary
+from tests import warm
 from tests.runs import REPO, wait_for
 
 LOSSES = [name for name, one in logprob_contestants.CONTESTANTS.items() if one.has_loss and name != "megatron_core"]
@@ -178,7 +180,11 @@ def test_a_rank_that_fails_ends_the_others_and_the_run(capfd):
 
 
 @pytest.mark.slow
-def test_quick_run_on_two_ranks_writes_what_it_measured_beside_what_was_there(tmp_path, capfd):
+def test_quick_run_on_two_ranks_writes_what_it_measured_beside_what_was_there(tmp_path, capfd, monkeypatch):
+    def start(command, cwd, env):  # two ranks for each contestant
+        return warm.start(command, env)
+
+    monkeypatch.setattr(fresh_ranks, "subprocess", SimpleNamespace(Popen=start))
     output = tmp_path / "new" / "result.json"
     output.parent.mkdir()
     case = {"tp": 2, "dtype": "bfloat16", "rows": 40, "hidden": 24, "vocab": 1506, "contestants": {}}

@@ -167,9 +167,8 @@ def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_befor
 
 def test_servers_on_every_node_ask_for_a_key_that_only_the_job_knows(gangs, hf_models, tmp_path):
     address = own_address()
-    found = gangs(2).run(
-        "tests.sglang_node_jobs:on_two_nodes", model=hf_models["qwen3"], directory=str(tmp_path), address=address, **OWN
-    )[0]
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address=address, warm=False, **OWN)  # has a command line
+    found = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)[0]
     assert len(found["urls"]) == 2 and all(address in url for url in found["urls"])
     assert found["has_key"] and found["keyless"] == [401, 401]
     assert not found["on_command_line"] and found["readable"] == []

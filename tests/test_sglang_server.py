@@ -37,6 +37,7 @@ from etr_megatron.weights import read_architecture
 from tests.fake_servers import servers
 from tests.nodes import own_address
 from tests.runs import REPO, wait_for
+from tests.warm_servers import real_in_gangs, real_servers_start_warm
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = "tests/sglang_cpu/launch.py"
@@ -65,11 +66,12 @@ def model(tmp_path_factory):
 
 @contextmanager
 def started(config: SglangConfig, model: str, folder: Path, *, routing: bool = False) -> Iterator[Started]:
-    """An external server, once it answers."""
+    """An external server, once it answers. It starts warm."""
     where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False, routing=routing)
     host = Host({"server": server_command(config, Path(model), "float32", **where)}, folder, startup_timeout_s=1200.0)
     try:
-        found = host.start(["server"])["server"]
+        with real_servers_start_warm(config.python):
+            found = host.start(["server"])["server"]
         assert found.problem is None, found.problem
         yield found
     finally:
@@ -218,7 +220,7 @@ def test_the_weight_sync_benchmark_measures_syncs_that_bring_the_weights(model, 
 def over_two_nodes() -> dict[str, Any]:
     """Settings for a server of two tensor-parallel ranks, each started by the first rank of a node."""
     address = own_address()
-    return {**OWN, "tp": 2, "nodes": "every", "nodes_per_server": 2, "address": address}
+    return {**OWN, **real_in_gangs(str(PYTHON)), "tp": 2, "nodes": "every", "nodes_per_server": 2, "address": address}
 
 
 def test_every_worker_of_a_server_over_two_nodes_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
@@ -277,6 +279,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(gangs, model,
 
 def test_servers_that_die_or_hang_lose_no_sample_and_come_back_with_the_weights(gangs, model, tmp_path):
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, servers=2, address=own_address())
+    job |= real_in_gangs(str(PYTHON))
     (found,) = gangs(1).run(
         "tests.sglang_comeback_jobs:killed_for_real", deadline_s=1500.0, probe_every=1, hang_timeout_s=10.0, **OWN, **job
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from etr_megatron.config import load_config, to_dict
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan
 from etr_megatron.planner.dry_run import check_ranks, distinct_ranks, dry_run
+from etr_megatron.platform import prepare_megatron
+from tests import warm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMISED = (
@@ -63,9 +66,35 @@ def test_a_shipped_config_passes_its_dry_run(
         assert promised and all(words in said for words in promised.groups())
 
 
+@pytest.fixture
+def built_once_for_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that Megatron gives the same stage, tensor-parallel and expert-parallel rank share the model that was built for the
+    first of them; nothing else of a rank enters it. That the weight map has a rank at the same place as Megatron is shown in
+    test_weight_map_layouts.py."""
+    prepare_megatron()
+    from etr_megatron.policy import model
+    from etr_megatron.policy.parallel import mpu
+
+    build, built = model.build_chunks, {}
+
+    def build_once(*arguments: Any) -> Any:
+        place = (
+            mpu.get_pipeline_model_parallel_rank(),
+            mpu.get_tensor_model_parallel_rank(),
+            mpu.get_expert_model_parallel_rank(),
+            mpu.get_expert_tensor_parallel_rank(),
+        )
+        if place not in built:
+            built[place] = build(*arguments)
+        return built[place]
+
+    monkeypatch.setattr(model, "build_chunks", build_once)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in PROMISED if name not in SAMPLED]
 )
+@pytest.mark.usefixtures("built_once_for_replicas")
 def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) -> None:
     plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus_of(name))
     assert len(plan.ranks) in (gpus_of(name), gpus_of(name) // 2)  # all GPUs train, or half of them run servers
@@ -73,6 +102,7 @@ def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("built_once_for_replicas")
 def test_every_rank_of_a_64_gpu_layout_with_uneven_stages_is_the_model_that_is_built() -> None:
     overrides = ["parallel.first_stage_layers=15", "parallel.last_stage_layers=13", "parallel.cp=2", "parallel.tp=8"]
     plan = make_plan(load_config(CONFIGS / "qwen3_32b_32gpu.yaml", overrides), 64)
@@ -153,7 +183,7 @@ def test_a_checkpoint_that_is_there_is_compared_with_its_config(tmp_path: Path) 
 @pytest.mark.parametrize("module", ["launch", "train"])
 def test_a_reader_who_leaves_ends_a_dry_run_without_a_word(module: str) -> None:
     command = [sys.executable, "-m", f"etr_megatron.{module}", "--dry-run", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with warm.start(command, {**os.environ}) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
@@ -161,13 +191,16 @@ def test_a_reader_who_leaves_ends_a_dry_run_without_a_word(module: str) -> None:
 
 @pytest.mark.slow
 def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
-    command = [sys.executable, "-m", "etr_megatron.train", "--dry-run", "--config", CONFIGS / "qwen3_8b_8gpu.yaml", "--gpus"]
-    done = subprocess.run([*command, "8"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "fits: rank" in done.stdout
-    wrong = subprocess.run([*command, "9"], capture_output=True, text=True)
+    config = str(CONFIGS / "qwen3_8b_8gpu.yaml")
+    command = [sys.executable, "-m", "etr_megatron.train", "--dry-run", "--config", config, "--gpus"]
+    done = warm.start([*command, "8"], {**os.environ})
+    said, told = done.communicate()
+    assert (done.returncode, told) == (0, "")
+    assert "fits: rank" in said
+    wrong = warm.start([*command, "9"], {**os.environ})
+    _, told = wrong.communicate()
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: --gpus 9 is not a multiple")
+    assert told.startswith("error: --gpus 9 is not a multiple")
 
 
 def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

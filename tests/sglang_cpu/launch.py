@@ -1,8 +1,8 @@
 """`sglang.launch_server` on a CPU build of torch: `python launch.py SGLANG_ARGUMENTS...`
 
 SGLang spawns its scheduler and its detokenizer, as a process that has used CUDA must. Without CUDA they can be forked, and
-share what is already imported: a server then starts in half the time. It also looks more often than every five seconds whether
-it was told to end.
+share what is already imported: a server then starts in half the time. Nothing is compiled, as that takes longer than all that
+a small model computes. It also looks more often than every five seconds whether it was told to end.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ import gc
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 gc.disable()  # during imports, collections take a fifth of a server's start; in a test it makes little garbage
-os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 _HERE = str(Path(__file__).resolve().parent)
-sys.path.insert(0, _HERE)  # for the stand-in of sgl_kernel, here and in spawned processes
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_HERE, os.environ.get("PYTHONPATH"))))
+sys.path.insert(0, _HERE)  # for the stand-in of sgl_kernel and for `served`, here and in spawned processes
+
+
+def set_environment() -> None:
+    """Environment variables of SGLang and torch, those that a user has set excepted."""
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", "served")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_HERE, os.environ.get("PYTHONPATH"))))
+
+
+set_environment()
 
 import torch  # noqa: E402
 
@@ -43,25 +53,40 @@ def end_soon() -> None:
     TokenizerManager.sigterm_watchdog = watch
 
 
-if __name__ == "__main__":
-    if "--tp-size" in sys.argv:  # unless given cores for each rank, SGLang needs a NUMA node for each
-        _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-        _ranks = range(int(sys.argv[sys.argv.index("--tp-size") + 1]))
-        if len(_ranks) > 1:
-            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(_cores[i % len(_cores)]) for i in _ranks))
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda method, force=False: None  # SGLang would set "spawn"
+def prepare() -> None:
+    """Import what all processes of a server need, before they are forked, and mend it."""
     from experts import leave_host_memory_unpinned, skip_experts_of_other_ranks
     from latent import attend_to_latents
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    from sglang import launch_server  # noqa: F401
+    from sglang.srt.entrypoints import http_server  # noqa: F401
+    from sglang.srt.model_executor import model_runner  # noqa: F401
+    from sglang.srt.models import registry  # noqa: F401
 
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda method, force=False: None  # SGLang would set "spawn"
     skip_experts_of_other_ranks()
     leave_host_memory_unpinned()
     attend_to_latents()
     end_soon()
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Be a server until it ends."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    if "--tp-size" in arguments:  # unless given cores for each rank, SGLang needs a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        ranks = range(int(arguments[arguments.index("--tp-size") + 1]))
+        if len(ranks) > 1:
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(cores[i % len(cores)]) for i in ranks))
     try:
-        run_server(prepare_server_args(sys.argv[1:]))
+        run_server(prepare_server_args([*arguments]))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    prepare()
+    serve(sys.argv[1:])
