@@ -51,6 +51,7 @@ if __name__ == "__main__":
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(_cores[i % len(_cores)]) for i in _ranks))
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force=False: None  # SGLang would set "spawn"
+    from dp_attention import pad_batches, scatter_sums_without_nccl, wait_for_requests
     from experts import leave_host_memory_unpinned, skip_experts_of_other_ranks
     from latent import attend_to_latents
     from sglang.launch_server import run_server
@@ -60,6 +61,9 @@ if __name__ == "__main__":
     skip_experts_of_other_ranks()
     leave_host_memory_unpinned()
     attend_to_latents()
+    pad_batches()
+    scatter_sums_without_nccl()
+    wait_for_requests()
     end_soon()
     try:
         run_server(prepare_server_args(sys.argv[1:]))
