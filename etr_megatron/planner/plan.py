@@ -64,8 +64,8 @@ class Plan:
 
     @property
     def cache_samples(self) -> int:
-        """Number of samples of maximum length that a server's KV cache holds."""
-        return self.server.cache_tokens // self.work.longest
+        """Number of samples of maximum length that a server's KV caches hold."""
+        return self.server.caches * (self.server.tokens_of_a_cache // self.work.longest)
 
     @property
     def server_fits(self) -> bool:
