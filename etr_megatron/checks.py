@@ -82,7 +82,7 @@ def check_model(config: Config, world_size: int) -> None:
     check_fields(architecture, config)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         try:
-            check_served(model, architecture, config.sglang.tp, config.sglang.ep, fp8=config.sglang.fp8)
+            check_served(model, architecture, config.sglang)
         except ValueError as error:
             raise UserError(f"a server cannot split {model}: {error}") from None
     check_checkpoint(name, values=True)

@@ -9,29 +9,46 @@ from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from etr_megatron.config import SglangConfig
     from etr_megatron.weights import Architecture
 
 
 _NAMES = {"qwen3_moe": "Qwen3-MoE", "glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM-4.7-Flash", "deepseek_v3": "DeepSeek-V3"}
 
 
-def check_served(model: str, architecture: Architecture, tp: int, ep: int, *, fp8: bool) -> None:
+_NOT_IN_PARALLEL = ("llama", "mistral", "qwen2")
+"""Families whose attention SGLang (0.5.21) splits over all TP ranks and never data-parallel (`models/llama.py`, `qwen2.py`):
+with `--enable-dp-attention` ranks with different tokens would add up their outputs."""
+
+
+def check_served(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
     """Check that a server can shard the model (with `sglang.fp8` into whole blocks) and supports all its features.
 
-    tp, ep: `sglang.tp` and `sglang.ep`. Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
+    Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
     """
-    _check_sizes(model, architecture, tp, ep)
-    if fp8:
-        _check_fp8_blocks(architecture, tp, ep)
+    _check_attention(model, architecture, sglang)
+    _check_sizes(model, architecture, sglang.tp, sglang.ep)
+    if sglang.fp8:
+        _check_fp8_blocks(architecture, sglang)
+
+
+def _check_attention(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
+    heads, tp, dp = architecture.heads, sglang.tp, sglang.dp_attention
+    if dp > 1 and architecture.family in _NOT_IN_PARALLEL:
+        raise UserError(
+            f"{model} is a {architecture.family} model, of which SGLang would compute wrong outputs with data-parallel "
+            "attention; set sglang.dp_attention to 1"
+        )
+    if heads % (tp // dp):
+        ways = f"the {tp // dp} GPUs of each of sglang.dp_attention={dp} groups do" if dp > 1 else f"sglang.tp={tp} does"
+        raise UserError(
+            f"{model} has {heads} attention heads, which {ways} not divide, and a server would refuse to start; "
+            f"choose a sglang.tp that divides {heads}{' x dp_attention' * (dp > 1)}"
+        )
 
 
 def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> None:
-    heads, experts = architecture.heads, architecture.experts
-    if heads % tp:
-        raise UserError(
-            f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
-            f"choose a sglang.tp that divides {heads}"
-        )
+    experts = architecture.experts
     if experts is None:
         if ep > 1:
             raise UserError(f"{model} has no experts to spread over sglang.ep={ep}; set sglang.ep to 1")
@@ -67,10 +84,11 @@ def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> No
         )
 
 
-def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
+def _check_fp8_blocks(architecture: Architecture, sglang: SglangConfig) -> None:
     from etr_megatron.weights import ServerLayout, weights_of
 
-    layout, some = ServerLayout(tp=tp, ep=ep), (0, architecture.layers - 1)  # layers and experts are alike
+    layout = ServerLayout(tp=sglang.tp, ep=sglang.ep, attention_dp=sglang.dp_attention)
+    some = (0, architecture.layers - 1)  # layers and experts are alike
     weights = [one for one in weights_of(architecture, first_expert=True) if one.fp8 and one.layer in some]
     last_of = {weight.server: weight for weight in weights}
     for weight in weights:
@@ -84,8 +102,8 @@ def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
                     if not _is_whole_blocks(weight.shapes[piece.hf]):
                         way_out = "no sglang.tp gives such; set sglang.fp8 to false"
                     raise UserError(
-                        f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={tp}, sglang.ep={ep}, "
-                        f"which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; {way_out}"
+                        f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={sglang.tp}, "
+                        f"sglang.ep={sglang.ep}, which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; {way_out}"
                     )
 
 

@@ -225,6 +225,7 @@ VIOLATIONS = [
         ["sglang.nodes_per_server", "sglang.placement", "sglang.mem_fraction"],
     ),
     (dict(sglang__ep=2), ["sglang.ep", "sglang.tp"]),
+    (dict(sglang__dp_attention=4, sglang__tp=6), ["sglang.dp_attention", "sglang.tp"]),
     (dict(sglang__placement="external"), ["sglang.placement", "sglang.urls"]),
     (dict(sglang__nodes="every", sglang__urls=("http://a:1",)), ["sglang.nodes", "sglang.urls"]),
     (dict(sglang__checksums=True), ["sglang.checksums", "sglang.sync"]),
@@ -234,6 +235,7 @@ VIOLATIONS = [
     (dict(sglang__arguments=("--dtype",)), ["sglang.arguments"]),
     (dict(sglang__arguments=("--context-length",), sglang__context_length=9000), ["sglang.context_length"]),
     (dict(sglang__arguments=("--enable-eplb",), sglang__sync="sharded"), ["sglang.sync"]),
+    (dict(sglang__arguments=("--enable-dp-lm-head",), sglang__sync="sharded"), ["sglang.arguments", "sglang.sync"]),
 ]
 
 

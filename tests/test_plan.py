@@ -72,9 +72,9 @@ def training_layouts(arch: Architecture) -> list[TrainingLayout]:
 def server_layouts(arch: Architecture) -> list[ServerLayout]:
     """All small server layouts that the model fits into."""
     sizes = [
-        (tp, ep, servers)
-        for tp, ep, servers in product((1, 2, 4, 8), (1, 2, 4), (1, 2, 3))
-        if tp % ep == arch.heads % tp == 0 and 0 in (arch.kv_heads % tp, tp % arch.kv_heads)
+        (tp, ep, servers, dp)
+        for tp, ep, servers, dp in product((1, 2, 4, 8), (1, 2, 4), (1, 2, 3), (1, 2, 4))
+        if 0 == tp % ep == tp % dp == arch.heads % (tp // dp) and 0 in (arch.kv_heads % (tp // dp), tp // dp % arch.kv_heads)
     ]
     return [ServerLayout(*some) for some in sizes]
 

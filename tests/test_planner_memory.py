@@ -166,6 +166,45 @@ def test_a_server_caches_a_latent_model_s_latents_on_every_gpu_and_the_embedded_
     assert (embedded.token, embedded.weights) == (47 * 20 * (256 + 256) * 2, 2 * embedded.parameters)
 
 
+def test_a_server_with_attention_in_parallel_has_a_cache_on_every_gpu_and_all_of_attention() -> None:
+    path = QWEN_32B.with_name("glm4.7_flash_16gpu.yaml")
+    split, parallel = (make_plan(load_config(path, [f"sglang.dp_attention={dp}"]), 16) for dp in (1, 4))
+    one, four = split.server, parallel.server
+    # Of each of 47 layers: projections up from latents, and the output's; those down to latents are whole in either case.
+    attention = 47 * 20 * (768 * (192 + 64) + 512 * (192 + 256) + 256 * 2048)
+    copies = 47 * 20 * (192 + 256) * 512
+    assert four.parameters - one.parameters == (attention + 154880 * 2048) * 3 // 4  # and the input embedding
+    assert four.weights - one.weights == 2 * (four.parameters - one.parameters + copies * 3 // 4)
+    assert four.token == one.token and one.cache_tokens == (one.pool - one.weights) // one.token
+    assert four.cache_tokens == 4 * ((four.pool - four.weights) // four.token) > 3 * one.cache_tokens
+    assert parallel.cache_samples == 4 * ((four.pool - four.weights) // four.token // parallel.work.longest)
+    # As SGLang estimates: more than 300 sequences of each of the four ranks.
+    assert four.graphs - one.graphs == 512 * 4 * 9 * 2**20 // 2
+    assert "4 servers of TP4 with attention of DP4, on the ranks' GPUs" in render(parallel)
+
+
+def test_heads_that_fewer_gpus_share_take_more_of_their_cache() -> None:
+    shared = plan("sglang.dp_attention=2").server
+    assert (shared.token, shared.caches) == (2 * 64 * 4 * 128 * 2, 2)  # four of eight heads on each of two GPUs
+
+
+def test_room_for_gathered_batches_is_left_by_sglang_alone() -> None:
+    given, chosen = (
+        plan(
+            "sglang.dp_attention=2",
+            f"sglang.mem_fraction={share}",
+            "sglang.placement=dedicated",
+            "sglang.servers=1",
+            "sglang.sync=broadcast",
+            gpus=64,
+        ).server
+        for share in ("0.85", "null")
+    )
+    assert given.pool == int(0.85 * 80 * GIB) and given.pool - chosen.pool == 2 * 512 * 9 * 2**20 // 2
+    small = SglangConfig(dp_attention=3, tp=6, arguments=("--cuda-graph-max-bs", "16"))
+    assert graph_bytes(small, 80) == (2 * 16 + 3 * 3 * 16 + 8 * 58) * 2**20
+
+
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288

@@ -80,7 +80,9 @@ def test_experts_are_counted_apart_and_once_per_expert_replica() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe_dense", "deepseek_v3"])
 @pytest.mark.parametrize(
-    "layout", [TrainingLayout(tp=2, pp=2, dp=6, ep=3, etp=1), ServerLayout(tp=4, ep=2)], ids=["training", "server"]
+    "layout",
+    [TrainingLayout(tp=2, pp=2, dp=6, ep=3, etp=1), ServerLayout(tp=4, ep=2, attention_dp=2)],
+    ids=["training", "server"],
 )
 def test_experts_counted_as_one_are_as_many_elements_as_all_of_them(family: str, layout: TrainingLayout | ServerLayout) -> None:
     arch, spec = ARCHITECTURES[family], LowRank(4, 4.0, expert_rank=3)

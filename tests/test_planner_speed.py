@@ -157,6 +157,37 @@ def test_recomputed_tokens_are_summed_over_a_servers_gpus_too() -> None:
         assert found == pytest.approx(sums * (2 * (16 + 64) + recomputed), rel=1e-6)
 
 
+def test_attention_in_parallel_reads_and_multiplies_a_share_of_the_cache_and_sums_only_once_a_layer() -> None:
+    """64 samples, 16 for each of four groups of two GPUs."""
+    cached, token = 10_000.0, 10**6
+    read = dict(prompt=cached, tp=8, weight_bytes=10**9, token_bytes=token, gpu=replace(H100, matmul=1e30))
+    whole, shared = (seconds([16.0] * 64, attention_dp=groups, **read) for groups in (1, 4))
+    rate, nvlink, sums = 3.35e12 * 0.8, 4096 * 2 / (450e9 * 0.8), 36
+    tokens = 64 * (cached + 16)
+    steps = 16 * (1e9 / rate + H100.decode_overhead)
+    assert whole == pytest.approx(steps + 16 * 64 * cached * token / rate + sums * 2 * (17 * 15e-6 + tokens * nvlink), rel=1e-6)
+    # Tokens of all groups are gathered and scattered, those of a group summed over its two GPUs.
+    sent = sums * (17 * 3 * 15e-6 + (tokens + tokens / 4) * nvlink)
+    assert shared == pytest.approx(steps + 16 * 16 * cached * token / rate + sent, rel=1e-6)
+    alone = seconds([16.0] * 64, attention_dp=8, **read)  # one GPU has nothing to sum
+    assert alone == pytest.approx(steps + 16 * 8 * cached * token / rate + sums * (17 * 2 * 15e-6 + tokens * nvlink), rel=1e-6)
+
+
+def test_attention_in_parallel_multiplies_weights_for_all_its_tokens() -> None:
+    whole, shared = (seconds([16.0] * 2048, concurrency=2048, tp=4, attention_dp=dp, token_bytes=0) for dp in (1, 4))
+    arch = read_architecture(MODELS / "Qwen3-8B")
+    links = 36 * 15e-6 * 2 + 36 * 2048 * 4096 * 2 / (450e9 * 0.8)
+    products = 2 * (active_parameters(arch) + arch.vocab_size * arch.hidden_size) * 2048 / (4 * H100.matmul * 0.6)
+    assert shared == pytest.approx(16 * (links + products + H100.decode_overhead), rel=1e-3)
+    assert shared < whole
+
+
+def test_each_group_of_a_server_has_a_cache_and_a_share_of_the_requests() -> None:
+    free = seconds([320.0] * 64, tp=4, attention_dp=4)
+    assert seconds([320.0] * 64, tp=4, attention_dp=4, concurrency=16) == pytest.approx(4 * free, rel=0.1)
+    assert 1.7 * free < seconds([320.0] * 64, tp=4, attention_dp=4, cache_tokens=4 * 336) < 4 * free
+
+
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:
     assert seconds([160.0] * 32) < 1.05 * seconds([160.0])
     long = seconds([16_000.0] * 64)

@@ -29,6 +29,8 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
 @pytest.mark.parametrize(
     ("family", "servers", "sentence"),
     [
+        ("qwen2", dict(tp=2, dp_attention=2), "is a qwen2 model, of which SGLang would compute wrong outputs with data-"),
+        ("qwen3", dict(tp=6, dp_attention=2), "has 4 attention heads, which the 3 GPUs of each of sglang.dp_attention=2 "),
         ("qwen3", dict(tp=2, ep=2), "has no experts to spread over sglang.ep=2; set sglang.ep to 1"),
         ("qwen3_moe", dict(tp=4, ep=4), "has 6 experts, which sglang.ep=4 does not divide, and a server would refuse to start"),
         ("qwen3_moe_wide", dict(tp=4, ep=2), "has experts of width 27, which the 2 ranks of each (sglang.tp=4 / sglang.ep=2)"),
@@ -48,7 +50,7 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
         ("glm4_moe_wide", dict(tp=4, ep=4), "has a shared expert of width 42, which sglang.tp=4 does not divide, and a server"),
     ],
 )
-def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
+def test_models_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
     config: Config, hf_models: dict[str, str], tmp_path: Path, family: str, servers: dict, sentence: str
 ) -> None:
     changes = {
@@ -104,10 +106,11 @@ def test_fp8_servers_hold_latents_that_end_within_a_block_but_no_head_that_does(
     for tp in tps:
         if arch is FLASH and tp == 4:  # five heads of 448 rows
             with pytest.raises(UserError, match=r"kv_b_proj\.weight is split into parts of 2240 x 512 .*; lower sglang\.tp"):
-                check_served("m", arch, tp, 1, fp8=True)
+                check_served("m", arch, SglangConfig(tp=tp, fp8=True))
         else:
-            check_served("m", arch, tp, 1, fp8=True)
+            check_served("m", arch, SglangConfig(tp=tp, fp8=True))
+        check_served("m", arch, SglangConfig(tp=tp, dp_attention=tp, fp8=True))  # heads are not split
     narrow = replace(arch, latent=replace(arch.latent, q_rank=700))
     with pytest.raises(UserError, match=re.escape("q_a_proj.weight is split into parts of 700 x ")):
-        check_served("m", narrow, 1, 1, fp8=True)
-    check_served("m", narrow, 1, 1, fp8=False)
+        check_served("m", narrow, SglangConfig(fp8=True))
+    check_served("m", narrow, SglangConfig())

@@ -153,13 +153,14 @@ def test_a_shared_expert_has_parameters_of_its_own_where_the_sync_needs_them(tmp
 
 
 def test_settings_become_arguments_and_the_users_come_last(tmp_path):
-    command = command_of(
-        tmp_path, tp=4, ep=2, mem_fraction=0.7, context_length=4096, place=1, devices=tuple("01234567"), arguments=("--x", "1")
-    )
+    sizes = dict(tp=4, ep=2, dp_attention=4, mem_fraction=0.7, context_length=4096)
+    command = command_of(tmp_path, **sizes, place=1, devices=tuple("01234567"), arguments=("--x", "1"))
     arguments = command.arguments
-    wanted = {"--tp-size": "4", "--ep-size": "2", "--mem-fraction-static": "0.7", "--context-length": "4096"}
+    wanted = {"--tp-size": "4", "--ep-size": "2", "--dp-size": "4", "--mem-fraction-static": "0.7", "--context-length": "4096"}
     assert {name: value_of(arguments, name) for name in wanted} == wanted
     assert arguments[-2:] == ("--x", "1") and value_of(arguments, "--load-format") == "dummy"
+    assert "--enable-dp-attention" in arguments
+    assert not {"--enable-dp-attention", "--dp-size"} & set(command_of(tmp_path, tp=4).arguments)
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and command.host == "10.0.0.7"
 
 

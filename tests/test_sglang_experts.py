@@ -50,29 +50,33 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url_of(models, tmp_path_factory):
-    """`url_of(family, tp, ep)` is the address of a running server; one runs at a time. It starts from a config.json only, so
-    that all weights come by a sync."""
+    """`url_of(family, tp, ep, dp)` is the address of a running server, with data-parallel attention if dp is above 1; one runs
+    at a time. It starts from a config.json only, so that all weights come by a sync."""
     with ExitStack() as stack:
-        running: dict[tuple[str, int, int], str] = {}
+        running: dict[tuple[str, int, int, int], str] = {}
 
-        def get(family: str, tp: int, ep: int) -> str:
-            if (family, tp, ep) not in running:
+        def get(family: str, tp: int, ep: int, dp: int = 1) -> str:
+            if (family, tp, ep, dp) not in running:
                 stack.close()
                 running.clear()
                 folder = tmp_path_factory.mktemp("sglang")
                 shutil.copy(Path(models[family]) / "config.json", folder)
-                config = SglangConfig(**OWN, tp=tp, ep=ep, sync="sharded")
-                running[family, tp, ep] = stack.enter_context(started(config, str(folder), folder, routing=True)).url
-            return running[family, tp, ep]
+                config = SglangConfig(**OWN, tp=tp, ep=ep, dp_attention=dp, sync="sharded")
+                running[family, tp, ep, dp] = stack.enter_context(started(config, str(folder), folder, routing=True)).url
+            return running[family, tp, ep, dp]
 
         yield get
 
 
-def least_bytes(model: str, tp: int) -> int:
+def least_bytes(model: str, tp: int, dp: int = 1) -> int:
     """Bytes of a sync in fp32 that the workers of a server need: all of norms, routers and projections down to latents, their
-    share of everything else. An expert is on one worker, or split over some, for any EP."""
+    share of everything else, once in each of `dp` groups if it is of attention or the embedding. An expert is on one worker, or
+    split over some, for any EP."""
     tensors, whole = load_file(f"{model}/model.safetensors"), ("norm", "mlp.gate.", "_a_proj")
-    return sum(tensor.nbytes * (tp if any(part in name for part in whole) else 1) for name, tensor in tensors.items())
+    shared = {name: dp if ".self_attn." in name or "embed_tokens" in name else 1 for name in tensors}
+    return sum(
+        tensor.nbytes * (tp if any(part in name for part in whole) else shared[name]) for name, tensor in tensors.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,14 +116,23 @@ def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
         assert sum(rank["bytes"] for rank in found) == least_bytes(model, tp)
 
 
+def test_a_server_whose_ranks_attend_for_requests_of_their_own_agrees_with_the_trainer(gangs, models, url_of, tmp_path):
+    model, sizes = models["deepseek_v3"], dict(tp=2, ep=2, dp_attention=2)
+    served = dict(urls=(url_of("deepseek_v3", 2, 2, 2),), **sizes, sync="sharded", probe_every=1)
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS["pp2"])
+    found = gangs(2).run("tests.sglang_jobs:gaps", **served, **job)
+    assert all(len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5 for rank in found)
+    assert sum(rank["bytes"] for rank in found) == least_bytes(model, 2, dp=2)
+
+
 @pytest.mark.parametrize(
-    ("family", "tp", "ep", "layers", "per_token"), [("deepseek_v3", 2, 2, 3, 4), ("qwen3_moe", 4, 2, 2, 3)]
+    ("family", "tp", "ep", "dp", "layers", "per_token"), [("deepseek_v3", 2, 2, 2, 3, 4), ("qwen3_moe", 4, 2, 1, 2, 3)]
 )
 def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(
-    gangs, models, url_of, tmp_path, family, tp, ep, layers, per_token
+    gangs, models, url_of, tmp_path, family, tp, ep, dp, layers, per_token
 ):
     model = models[family]
-    served = dict(urls=(url_of(family, tp, ep),), tp=tp, ep=ep, sync="broadcast", routing=True)
+    served = dict(urls=(url_of(family, tp, ep, dp),), tp=tp, ep=ep, dp_attention=dp, sync="broadcast", routing=True)
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS["ep2"])
     for samples in gangs(2).run("tests.sglang_jobs:routed", **served, **job):
         assert len(samples) == 2 * len(PROMPTS)

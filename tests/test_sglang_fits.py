@@ -141,6 +141,15 @@ def test_workers_are_counted_where_the_sync_depends_on_them(hf_models):
     assert expected(hf_models, sync="disk").misfit(server, {}) is None
 
 
+def test_servers_that_are_replicas_are_refused_unless_only_their_attention_is(hf_models):
+    server = {"tp_size": 2, "dp_size": 3, "enable_dp_attention": False}
+    problem = expected(hf_models, tp=2).misfit(server, {})
+    assert problem is not None and problem.startswith("its dp_size is 3 without --enable-dp-attention, so SGLang allows no")
+    assert expected(hf_models, tp=2, sync="disk").misfit(server, {}) is None
+    for fine in ({"enable_dp_attention": True}, {"dp_size": 1}):
+        assert expected(hf_models, tp=2).misfit(server | fine, {}) is None
+
+
 def test_another_dtype_is_worth_a_word_and_no_refusal(hf_models):
     job = expected(hf_models)
     assert job.other_dtype({"dtype": "half"}) == "float16" and job.misfit({"dtype": "half"}, {}) is None

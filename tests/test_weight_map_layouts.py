@@ -190,6 +190,8 @@ def test_a_layout_that_does_not_fit_itself_is_refused():
         TrainingLayout(pp=0)
     with pytest.raises(ValueError, match="EP 3 does not divide the server's TP 4"):
         ServerLayout(tp=4, ep=3)
+    with pytest.raises(ValueError, match="attention DP 4 does not divide the server's TP 6"):
+        ServerLayout(tp=6, attention_dp=4)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
@@ -204,6 +206,22 @@ def test_a_servers_shard_is_what_its_layers_load(name, tp):
             found = read_shard(weight, shard, read_from(tensors))
             wanted = server_parameter(weight, arch, [tensors[name] for name in weight.hf], tp, rank)
             assert torch.equal(found, wanted), (weight.server, rank)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_groups_of_a_servers_ranks_each_hold_all_of_attention_and_split_the_rest(name):
+    """By the parameter's name, as SGLang's models pass the groups' rank and size to attention and the input embedding."""
+    arch, tensors = ARCHITECTURES[name], TENSORS[name]
+    layout, seen = ServerLayout(tp=4, attention_dp=2, servers=2), set()
+    for weight in weights_of(arch):
+        holders = {rank: holding.shard for holding in layout.holdings(weight, arch) for rank in holding.ranks}
+        hf, of_group = [tensors[name] for name in weight.hf], ".self_attn." in weight.server or "embed" in weight.server
+        assert sorted(holders) == list(range(8))
+        for rank, shard in holders.items():
+            wanted = server_parameter(weight, arch, hf, *((2, rank % 2) if of_group else (4, rank % 4)))
+            assert torch.equal(read_shard(weight, shard, read_from(tensors)), wanted), (weight.server, rank)
+        seen.add((of_group, weight.split))
+    assert {(True, "vocab"), (True, "row"), (False, "vocab"), (False, "row"), (False, "gate_up")} <= seen
 
 
 def test_a_servers_ranks_hold_their_experts():

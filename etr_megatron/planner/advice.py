@@ -124,7 +124,8 @@ def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Another pool size, servers on every node and, if weights leave no room for a cache, fewer servers with more GPUs."""
+    """Another pool size, servers on every node, data-parallel attention for latents and, if weights leave no room for a cache,
+    attention that is split again, or fewer servers with more GPUs."""
     sglang = plan.config.sglang
     fraction = SERVER_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
     for step in (-0.1, 0.1):
@@ -132,6 +133,10 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "sglang", {"mem_fraction": round(fraction + step, 2)}
     if sglang.nodes == "first" and not sglang.dedicated_nodes and plan.cluster.nodes > 1:
         yield "sglang", {"nodes": "every"}
+    if plan.arch.latent is not None and 1 == sglang.dp_attention < sglang.tp:
+        yield "sglang", {"dp_attention": sglang.tp}
+    if not plan.server_fits and sglang.dp_attention > 1:
+        yield "sglang", {"dp_attention": 1}
     if not plan.server_fits:
         yield from (("sglang", changes) for changes in _larger_servers(plan))
 

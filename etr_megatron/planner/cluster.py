@@ -181,4 +181,6 @@ def server_layout(config: Config, cluster: Cluster) -> ServerLayout:
     """The layout of one server."""
     from etr_megatron.weights import ServerLayout
 
-    return ServerLayout(tp=cluster.server_tp, ep=config.sglang.ep if config.rollout.backend == "sglang" else 1)
+    if config.rollout.backend == "embedded":
+        return ServerLayout()
+    return ServerLayout(tp=cluster.server_tp, ep=config.sglang.ep, attention_dp=config.sglang.dp_attention)

@@ -34,12 +34,14 @@ def generation_seconds(
     token_bytes: int,
     gpu: Hardware,
     nodes: int = 1,
+    attention_dp: int = 1,
 ) -> float:
     """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
-    concurrency: maximum number of responses at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes,
+    concurrency: maximum number of responses at once. cache_tokens: capacity of a KV cache, None is unlimited. weight_bytes,
     token_bytes: bytes of the weights, and of a token's keys and values, on one GPU of the server. nodes: number of nodes over
-    which the tp GPUs are spread evenly.
+    which the tp GPUs are spread evenly. attention_dp: number of groups of these GPUs, each with a cache and an even share of
+    the samples. The first group is simulated, as if the others had samples of the same lengths.
 
     A decode step takes the longer of reading and computing. It reads the weights (of experts only those that the batch chooses)
     and the batch's cache; it computes the products, including the head. Prompts take the time of their products. For both, the
@@ -47,7 +49,8 @@ def generation_seconds(
     are recomputed, like a prompt's, when it resumes. The products of attention itself count only with latent attention, where
     all heads share the cache: with separate keys and values they always take less time than reading these.
     """
-    order = np.random.default_rng(0).permutation(len(lengths))
+    order = np.random.default_rng(0).permutation(len(lengths))[::attention_dp]
+    concurrency = -(-concurrency // attention_dp)
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
     running = np.empty((0, 2))  # tokens in the cache, tokens left
     products = tp * gpu.matmul * gpu.decode_compute_efficiency
@@ -55,25 +58,40 @@ def generation_seconds(
     attend = _latent_products(arch) / products
     in_experts = expert_share(arch)
     rate = gpu.memory * gpu.decode_memory_efficiency
-    links, sending = (2 * arch.layers * seconds for seconds in _all_reduce(2 * arch.hidden_size, tp, nodes, gpu))
+    links, sending = _sums_of_a_pass(arch, tp, nodes, gpu, attention_dp)
     limit = np.inf if cache_tokens is None else cache_tokens
     seconds = 0.0
     while waiting or len(running):
         started = _admitted(waiting, concurrency - len(running), limit - running[:, 0].sum(), alone=not len(running))
         # All in one pass, so the latency of its all-reduces counts once.
-        prefilled = sum(context for context, _ in started)
+        prefilled = attention_dp * sum(context for context, _ in started)
         seconds += (links if prefilled else 0.0) + prefilled * (compute + sending)
         running = np.concatenate([running, np.array(started).reshape(-1, 2)])
         fits = max(1, int(np.searchsorted(np.cumsum(running[:, 0]), limit, side="right")))
         waiting[:0] = [(context, left) for context, left in running[fits:]]
         running = running[:fits]
-        batch = len(running)
-        reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * running[:, 0].sum()) / rate
-        computing = (compute + head) * batch + attend * running[:, 0].sum()
+        batch, cached = attention_dp * len(running), running[:, 0].sum()
+        reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * cached) / rate
+        computing = (compute + head) * batch + attend * attention_dp * cached
         seconds += _STRIDE * (max(reading, computing) + links + batch * sending + gpu.decode_overhead)
         running = running + np.array([_STRIDE, -_STRIDE])
         running = running[running[:, 1] > 0]
     return seconds
+
+
+def _sums_of_a_pass(arch: Architecture, tp: int, nodes: int, gpu: Hardware, attention_dp: int) -> tuple[float, float]:
+    """(latency, seconds per token of the server's batch) of the exchanges between its GPUs in all layers.
+
+    Attention and MLP each end with a sum over all GPUs. With data-parallel attention the tokens are instead gathered for the
+    MLP and its sums scattered again, which together send as much as one sum; attention ends with a sum over the GPUs of a
+    group, of the group's tokens only.
+    """
+    latency, sending = _all_reduce(2 * arch.hidden_size, tp, nodes, gpu)
+    if attention_dp == 1:
+        return 2 * arch.layers * latency, 2 * arch.layers * sending
+    group = tp // attention_dp
+    own_latency, own = _all_reduce(2 * arch.hidden_size, group, -(-nodes // attention_dp), gpu)
+    return arch.layers * (2 * latency + own_latency), arch.layers * (sending + own / attention_dp)
 
 
 def _all_reduce(size: int, tp: int, nodes: int, gpu: Hardware) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.planner.activations import Split, head_bytes, stage_activations
 from etr_megatron.planner.adapters import RankAdapters
 from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
-from etr_megatron.planner.cuda_graphs import graph_bytes
+from etr_megatron.planner.cuda_graphs import gathered_bytes, graph_bytes
 from etr_megatron.planner.nccl import nccl_bytes
 from etr_megatron.planner.parameters import RankParameters, largest_weight, parameters_by_rank
 from etr_megatron.planner.recompute import Recomputation
@@ -94,7 +94,8 @@ class ServerMemory:
     """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token or, with latent
     attention, its latents, which SGLang replicates on every GPU. (The embedded engine, transformers, caches keys and values.)
 
-    parameters: elements, not bytes. graphs: see `graph_bytes`.
+    parameters: elements, not bytes. graphs: see `graph_bytes`. caches: number of KV caches that hold different requests, the
+    data-parallel size of attention.
     """
 
     parameters: int
@@ -102,11 +103,17 @@ class ServerMemory:
     pool: int
     token: int
     graphs: int
+    caches: int = 1
+
+    @property
+    def tokens_of_a_cache(self) -> int:
+        """Tokens that one of the server's KV caches holds; 0 if its weights do not fit."""
+        return max(0, self.pool - self.weights) // self.token
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the server's KV cache holds; 0 if its weights do not fit."""
-        return max(0, self.pool - self.weights) // self.token
+        """Tokens that all of the server's KV caches hold."""
+        return self.caches * self.tokens_of_a_cache
 
 
 def usable(gpu_memory_gib: float) -> int:
@@ -134,20 +141,23 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     is_embedded = config.rollout.backend == "embedded"
-    token = arch.layers * arch.kv_heads_of_a_rank(layout.tp) * (arch.head_dim + arch.value_dim) * element
+    token = arch.layers * arch.kv_heads_of_a_rank(layout.attention_tp) * (arch.head_dim + arch.value_dim) * element
     if is_embedded:
         return ServerMemory(held.total, weights, 0, token, 0)
     if arch.latent is not None:
-        weights += _absorbed(arch, layout.tp) * element
+        weights += _absorbed(arch, layout.attention_tp) * element
         token = arch.layers * arch.latent.cached_dim * element
     graphs = graph_bytes(config.sglang, gpu_memory_gib, latent=arch.latent is not None)
-    return ServerMemory(held.total, weights, int(fraction * gpu_memory_gib * GIB), token, graphs)
+    # SGLang leaves room for these when it chooses the fraction. The fraction assumed here is that of other servers.
+    left_out = gathered_bytes(config.sglang, gpu_memory_gib) if config.sglang.mem_fraction is None else 0
+    pool = max(0, int(fraction * gpu_memory_gib * GIB) - left_out)
+    return ServerMemory(held.total, weights, pool, token, graphs, layout.attention_dp)
 
 
 def _absorbed(arch: Architecture, tp: int) -> int:
-    """Elements of a server's copies of the up-projections of keys and values. The server multiplies queries and the output of
-    attention by them, so that attention works on the cached latents. SGLang makes the copies in the model's dtype, even from
-    FP8 (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
+    """Elements of a server's copies of the up-projections of keys and values, whose heads are split over `tp` ranks. The server
+    multiplies queries and the output of attention by them, so that attention works on the cached latents. SGLang makes the
+    copies in the model's dtype, even from FP8 (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
     assert arch.latent is not None
     return arch.layers * (arch.heads // tp) * arch.latent.up_dim * arch.latent.kv_rank
 

@@ -12,7 +12,7 @@ from etr_megatron.config import Config, InvalidConfigError, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.planner.adapters import RankAdapters, adapters_by_rank, total_adapters
 from etr_megatron.planner.architecture import architecture_of
-from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout, training_layout
+from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, training_layout
 from etr_megatron.planner.hardware import H100, Hardware
 from etr_megatron.planner.memory import RankMemory, ServerMemory, element_bytes, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
@@ -74,8 +74,8 @@ class Plan:
 
     @property
     def cache_samples(self) -> int:
-        """Number of samples of maximum length that a server's KV cache holds."""
-        return self.server.cache_tokens // self.work.longest
+        """Number of samples of maximum length that a server's KV caches hold."""
+        return self.server.caches * (self.server.tokens_of_a_cache // self.work.longest)
 
     @property
     def server_fits(self) -> bool:
@@ -147,8 +147,7 @@ def make_plan(
     work = workload_of(config, cluster, prompt, response)
     try:
         if config.rollout.backend == "sglang":
-            layout = server_layout(config, cluster)
-            check_served(config.model.path, arch, layout.tp, layout.ep, fp8=config.sglang.fp8)
+            check_served(config.model.path, arch, config.sglang)
         server = server_memory(arch, config, cluster, gpu_memory)
         low_rank = LowRank.of(config.lora)
         adapters = adapters_by_rank(arch, training_layout(config, cluster), low_rank)

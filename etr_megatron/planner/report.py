@@ -54,6 +54,7 @@ def _head(plan: Plan) -> Iterator[str]:
     else:
         where = "outside" if cluster.outside else "on the ranks' GPUs" if cluster.colocated else "on GPUs of their own"
         spread = f" on {cluster.nodes_per_server} nodes" if cluster.nodes_per_server > 1 else ""
+        spread += f" with attention of DP{plan.server.caches}" if plan.server.caches > 1 else ""
         yield (
             f"rollout    {cluster.servers} servers of TP{cluster.server_tp}{spread}, {where}; KV cache of each: "
             f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.map import Weight, weights_of
+from etr_megatron.weights.map import EMBEDDING, Weight, weights_of
 from etr_megatron.weights.shards import Shard, megatron_shard, server_shard, whole_shard
 
 
@@ -124,18 +124,26 @@ class TrainingLayout:
 class ServerLayout:
     """SGLang's: `servers` servers of TP ranks each, one after the other; experts are split by EP first and then by TP / EP.
 
-    Data-parallel attention of a server is not modelled.
+    attention_dp: data-parallel ranks of attention (`--enable-dp-attention`). Each of these groups of neighbouring ranks holds
+    the input embedding and all attention, split over the group; everything else is split as without them.
     """
 
     tp: int = 1
     ep: int = 1
     servers: int = 1
+    attention_dp: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.ep, self.servers) < 1:
+        if min(self.tp, self.ep, self.servers, self.attention_dp) < 1:
             raise ValueError(f"{self} has a size below 1")
-        if self.tp % self.ep:
-            raise ValueError(f"EP {self.ep} does not divide the server's TP {self.tp}")
+        for name, size in (("EP", self.ep), ("attention DP", self.attention_dp)):
+            if self.tp % size:
+                raise ValueError(f"{name} {size} does not divide the server's TP {self.tp}")
+
+    @property
+    def attention_tp(self) -> int:
+        """Ranks over which attention is split."""
+        return self.tp // self.attention_dp
 
     @property
     def world(self) -> int:
@@ -144,11 +152,13 @@ class ServerLayout:
 
     def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
         """See `Placement`."""
-        ways, first = self.tp, 0
+        ways, first, step = self.tp, 0, self.tp
         if weight.expert is not None:
             ways = self.tp // self.ep
             first = ways * _expert_rank(weight.expert, arch, self.ep)
-        return _holdings(weight, arch, ways, range(first, self.world, self.tp), server_shard)
+        elif weight.megatron == EMBEDDING or ".self_attention." in weight.megatron:
+            ways = step = self.attention_tp
+        return _holdings(weight, arch, ways, range(first, self.world, step), server_shard)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def end_soon() -> None:
 
 def prepare() -> None:
     """Import what all processes of a server need, before they are forked, and mend it."""
+    from dp_attention import pad_batches, scatter_sums_without_nccl, wait_for_requests
     from experts import leave_host_memory_unpinned, skip_experts_of_other_ranks
     from latent import attend_to_latents
     from sglang import launch_server  # noqa: F401
@@ -67,6 +68,9 @@ def prepare() -> None:
     skip_experts_of_other_ranks()
     leave_host_memory_unpinned()
     attend_to_latents()
+    pad_batches()
+    scatter_sums_without_nccl()
+    wait_for_requests()
     end_soon()
 
 

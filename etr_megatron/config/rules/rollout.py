@@ -95,8 +95,9 @@ SET_BY_THE_JOB = {
     "--custom-weight-loader": None,
     "--skip-tokenizer-init": "rollout.stop_strings",
     "--enable-memory-saver": "sglang.placement",
-    "--dp-size": None,
-    "--data-parallel-size": None,
+    "--dp-size": "sglang.dp_attention",
+    "--data-parallel-size": "sglang.dp_attention",
+    "--enable-dp-attention": "sglang.dp_attention",
     "--pp-size": None,
     "--pipeline-parallel-size": None,
     "--nnodes": "sglang.nodes_per_server",
@@ -109,6 +110,9 @@ SET_BY_THE_JOB = {
 _MOVES_EXPERTS = ("--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts")
 """Arguments with which experts are not placed by their index; parameter shapes may be the same."""
 
+_SPLITS_OTHERWISE = ("--enable-dp-lm-head", "--moe-dense-tp-size")
+"""Arguments for attention in parallel with which the head or the dense MLPs are split in fewer parts."""
+
 
 def sglang(config: Config) -> Iterator[Violation]:
     """Servers."""
@@ -120,6 +124,11 @@ def sglang(config: Config) -> Iterator[Violation]:
     yield from _devices(sglang)
     if sglang.ep >= 1 and sglang.tp % sglang.ep:
         yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, as experts are spread over the tp ranks of a server")
+    if sglang.dp_attention >= 1 and sglang.tp % sglang.dp_attention:
+        yield Violation(
+            ("sglang.dp_attention", "sglang.tp"),
+            "dp_attention must divide tp, as the tp ranks of a server form this many groups for attention",
+        )
     if sglang.mem_fraction is not None and not 0 < sglang.mem_fraction < 1:
         yield Violation(("sglang.mem_fraction",), "must lie between 0 and 1")
     if sglang.context_length is not None and sglang.context_length < 1:
@@ -270,4 +279,9 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             yield Violation(
                 ("sglang.arguments", "sglang.sync"),
                 f"{name} moves experts away from where sharded writes them; set sync to broadcast, tensor or disk",
+            )
+        elif name in _SPLITS_OTHERWISE and sglang.sync == "sharded":
+            yield Violation(
+                ("sglang.arguments", "sglang.sync"),
+                f"with {name} a server splits weights otherwise than sharded sends them; set sync to broadcast, tensor or disk",
             )

@@ -43,6 +43,7 @@ AT_LEAST: dict[str, int] = {
     "sglang.nodes_per_server": 1,
     "sglang.tp": 1,
     "sglang.ep": 1,
+    "sglang.dp_attention": 1,
     "sglang.probe_every": 0,
     "sglang.concurrency": 1,
     "sglang.bucket_mib": 1,

@@ -80,6 +80,10 @@ class SglangConfig:
     """Tensor parallel size of each server."""
     ep: int = 1
     """Expert parallel size of each server; must divide `sglang.tp`."""
+    dp_attention: int = 1
+    """Data-parallel size of each server's attention; must divide `sglang.tp`. Each of these groups of GPUs attends for requests
+    of its own and caches only their keys and values. With latent attention, whose cache tensor parallelism does not split, `tp`
+    is usual. 1: every GPU takes part in all requests."""
     mem_fraction: float | None = None
     """Fraction of a GPU's memory for weights and KV cache; null is SGLang's default."""
     context_length: int | None = None

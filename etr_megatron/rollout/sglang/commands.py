@@ -95,7 +95,8 @@ def _parallelism(config: SglangConfig, part: int) -> list[str]:
     found = ["--tp-size", str(config.tp)]
     if config.nodes_per_server > 1:  # the rendezvous address is added at the start
         found += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
-    return found + (["--ep-size", str(config.ep)] if config.ep > 1 else [])
+    found += ["--ep-size", str(config.ep)] if config.ep > 1 else []
+    return found + (["--dp-size", str(config.dp_attention), "--enable-dp-attention"] if config.dp_attention > 1 else [])
 
 
 def _environment(config: SglangConfig, *, place: int, host: str, folder: Path, cuda: bool) -> dict[str, str]:

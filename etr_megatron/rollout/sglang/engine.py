@@ -157,7 +157,7 @@ class SglangEngine:
             directory = Path(config.sync_dir) if config.sync_dir else serving.directory / "weights"
             return DiskSender(settings, directory, control.load if control is not None else None)
         if how == "sharded":
-            layout = ServerLayout(config.tp, config.ep)
+            layout = ServerLayout(config.tp, config.ep, attention_dp=config.dp_attention)
             return ShardedSender(settings, layout, self._servers.own_address, control.calls if control is not None else None)
         # No memory is shared with servers at `sglang.urls`: whatever its address, a server may run in its own container.
         hosts = self._servers.hosts if how == "tensor" else {}

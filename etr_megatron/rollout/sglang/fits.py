@@ -88,6 +88,12 @@ class Expected:
         tp = server.get("tp_size")
         if self.tp is not None and isinstance(tp, int) and tp != self.tp:
             yield f"its tp_size is {tp}, but sglang.tp is {self.tp}"
+        replicas = server.get("dp_size")
+        if self.tp is not None and isinstance(replicas, int) and replicas > 1 and server.get("enable_dp_attention") is False:
+            yield (
+                f"its dp_size is {replicas} without --enable-dp-attention, so SGLang allows no weight sync but disk; start "
+                f"{replicas} servers instead"
+            )
         names = model.get("architectures")
         known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
         if known and FAMILIES[known[0]] != self.architecture.family:

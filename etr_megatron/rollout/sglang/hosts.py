@@ -111,7 +111,7 @@ class Host(Machine):
             return Started(process.url, what)
         process.stop()
         # Search all output, not only its end: SGLang then sends its warm-up request to the process that took the port.
-        if starts > 1 and "address already in use" in process.said().lower():
+        if starts > 1 and process.missed_a_port:
             return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{process.last_words()}")
 

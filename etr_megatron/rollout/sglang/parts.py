@@ -166,9 +166,8 @@ class SpanningServers(Machine):
     def _state(self, process: ServerProcess, command: ServerCommand, rendezvous: Rendezvous) -> Started | None:
         """Result of a part's start; None while it starts."""
         if not process.is_running:
-            taken = "address already in use" in process.said().lower()
             what = f"{self._called(process.name)} ended while it started; its log, {process.log}, ends:\n{process.last_words()}"
-            return Started("", what, taken)
+            return Started("", what, process.missed_a_port)
         if command.part > 0:
             return Started("", None) if rendezvous.is_complete else None
         answers = is_ours(process)

@@ -228,6 +228,13 @@ class ServerProcess:
         except OSError:
             return ""
 
+    @property
+    def missed_a_port(self) -> bool:
+        """Whether it said that another process had taken its port or, with data-parallel attention, one of those beside it that
+        SGLang also uses (`PortArgs` of server_args.py)."""
+        said = self.said().lower()
+        return "address already in use" in said or "port is already in use" in said
+
     def last_words(self, lines: int = 15) -> str:
         """The last lines of the log output of this process."""
         return "\n".join(self.said().splitlines()[-lines:])
