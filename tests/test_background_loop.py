@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 
 from etr_megatron.platform.background_loop import BackgroundLoop
-from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError, hand
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError, rollout_buffer
 from etr_megatron.rollout.collect import UngradedError
-from etr_megatron.rollout.hand import Hand
+from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.rollout.sampler import Rollouts
-from tests.hands import Environment, Talker, assert_dialogue, hand_of, sync, through_disk, timer
+from tests.rollout_buffers import Environment, Talker, assert_dialogue, buffer_of, sync, through_disk, timer
 
 LONG_S = 60.0
 
@@ -160,14 +160,14 @@ def alone(monkeypatch):
         return call
 
     for name in ("_ask", "_judge", "_choose", "_submit", "_accept", "_go_on", "_continue"):
-        monkeypatch.setattr(Hand, name, guarded(getattr(Hand, name)))
-    monkeypatch.setattr(hand, "pack", guarded(hand.pack))
+        monkeypatch.setattr(RolloutBuffer, name, guarded(getattr(RolloutBuffer, name)))
+    monkeypatch.setattr(rollout_buffer, "pack", guarded(rollout_buffer.pack))
 
 
 @pytest.mark.parametrize("partial", [True, False], ids=["cut off", "waited for"])
 def test_further_turns_are_drawn_while_the_ranks_train(partial, alone):
     engine, environment = Guarded(), Environment()
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=partial)
+    ours = buffer_of(engine, environment=environment, max_staleness=1, partial=partial)
     ours.take(1, timer)
     until(lambda: not any(held.missing for held in ours._groups))
     turns = Counter(sample.turns for held in ours._groups for sample in held.group.samples)
@@ -182,7 +182,7 @@ def test_further_turns_are_drawn_while_the_ranks_train(partial, alone):
 
 def test_a_late_reply_is_waited_for_while_the_engine_has_nothing_to_do():
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
-    ours = hand_of(engine, environment=environment, max_staleness=1)
+    ours = buffer_of(engine, environment=environment, max_staleness=1)
     ours.take(1, timer)
     until(lambda: ours._replying and not ours._under_way)
     polls = environment.polls
@@ -196,7 +196,7 @@ def test_a_late_reply_is_waited_for_while_the_engine_has_nothing_to_do():
 def test_further_turns_are_drawn_between_a_weight_sync_and_the_next_step():
     """While an evaluation has its responses, and a checkpoint is saved."""
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
-    ours = hand_of(engine, environment=environment, max_staleness=1)
+    ours = buffer_of(engine, environment=environment, max_staleness=1)
     ours.take(1, timer)
     sync(ours, engine)
     assert all(held.missing for held in ours._groups)
@@ -211,7 +211,7 @@ def test_further_turns_are_drawn_between_a_weight_sync_and_the_next_step():
 
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1, "environment": None}], ids=["not ahead", "no environment"])
 def test_nothing_goes_on_where_nothing_is_ahead_or_there_are_no_dialogues(options):
-    ours = hand_of(Guarded(), **{"environment": Environment(), **options})
+    ours = buffer_of(Guarded(), **{"environment": Environment(), **options})
     ours.take(1, timer)
     ours.pause()
     ours.resume()
@@ -221,7 +221,7 @@ def test_nothing_goes_on_where_nothing_is_ahead_or_there_are_no_dialogues(option
 @pytest.mark.parametrize("call", ["take", "pause", "put_back", "state_dict", "close"])
 def test_a_call_waits_for_what_is_going_on_before_it_touches_the_groups(call, alone):
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
-    ours = hand_of(engine, environment=environment, **{"max_staleness": 1, "partial": True})
+    ours = buffer_of(engine, environment=environment, **{"max_staleness": 1, "partial": True})
     engine.gate.clear()
     ours.take(1, timer)
     until(lambda: engine.waits)
@@ -237,7 +237,7 @@ def test_a_call_waits_for_what_is_going_on_before_it_touches_the_groups(call, al
 def test_at_any_moment_a_checkpoint_is_of_one_moment(alone):
     """Taken again and again while responses come in, each is resumed to whole responses."""
     engine, environment = Guarded(), Environment(delay=lambda: 2)
-    ours = hand_of(engine, environment=environment, max_staleness=2, partial=True)
+    ours = buffer_of(engine, environment=environment, max_staleness=2, partial=True)
     states = []
     for step in (1, 2, 3):
         assert_dialogues(ours.take(step, timer))
@@ -249,7 +249,7 @@ def test_at_any_moment_a_checkpoint_is_of_one_moment(alone):
     for step, state in states[::3]:
         engine = Guarded()
         engine.weight_version = step - 1
-        again = hand_of(engine, environment=Environment(), max_staleness=2, partial=True)
+        again = buffer_of(engine, environment=Environment(), max_staleness=2, partial=True)
         again._cursor.load_state_dict(state["cursor"])
         again.load_state_dict(state)
         again.resume()
@@ -258,9 +258,9 @@ def test_at_any_moment_a_checkpoint_is_of_one_moment(alone):
         again.close()
 
 
-def ended_alone(engine: Guarded, environment: Environment, error: Exception) -> tuple[Hand, Rollouts]:
-    """A hand whose background loop has ended with the engine's error after step 1, and that step's groups."""
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
+def ended_alone(engine: Guarded, environment: Environment, error: Exception) -> tuple[RolloutBuffer, Rollouts]:
+    """A rollout buffer whose background loop has ended with the engine's error after step 1, and that step's groups."""
+    ours = buffer_of(engine, environment=environment, max_staleness=1, partial=True)
     engine.gate.clear()
     taken = ours.take(1, timer)
     engine.error = error
@@ -280,7 +280,7 @@ def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it
     environment.slow = lambda number: False
     if before == "state_dict":
         state = ours.state_dict()
-        assert len(state["in_hand"]) == len(ours._groups) and not loops()
+        assert len(state["pending_groups"]) == len(ours._groups) and not loops()
     if before == "pause":
         sync(ours, engine)
     else:
@@ -302,7 +302,7 @@ def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone)
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
     ours, taken = ended_alone(engine, environment, error)
     ours.put_back(1)
-    saved = {held["group"]["id"] for held in ours.state_dict()["in_hand"]}
+    saved = {held["group"]["id"] for held in ours.state_dict()["pending_groups"]}
     assert {group.id for group in taken.groups} <= saved
     ours.close()
 
@@ -320,7 +320,7 @@ def test_any_other_error_comes_up_in_the_next_call_that_is_not_the_last(call, er
 
 def test_an_error_after_the_last_step_does_not_hinder_the_end():
     engine = Guarded()
-    ours = hand_of(engine, environment=Environment(), max_staleness=1, partial=True)
+    ours = buffer_of(engine, environment=Environment(), max_staleness=1, partial=True)
     engine.gate.clear()
     ours.take(1, timer)
     engine.error = RuntimeError("a bug")
@@ -330,8 +330,8 @@ def test_an_error_after_the_last_step_does_not_hinder_the_end():
 
 def test_an_evaluation_in_the_main_thread_gets_its_own_replies_while_dialogues_go_on():
     engine, environment = Guarded(), Environment(delay=lambda: 1)
-    ours = hand_of(engine, environment=environment, max_staleness=1, partial=True, prompts=16)
-    other = hand_of(Talker(), environment=environment, count=30)  # its dialogues, of an owner of its own, share the lock
+    ours = buffer_of(engine, environment=environment, max_staleness=1, partial=True, prompts=16)
+    other = buffer_of(Talker(), environment=environment, count=30)  # its dialogues, of an owner of its own, share the lock
     other._dialogues = ours._dialogues
     for step in range(1, 4):
         ours.take(step, timer)

@@ -17,7 +17,7 @@ from etr_megatron.rollout.rounds import draw_further_turns
 from etr_megatron.rollout.sampler import RoundSampler
 from etr_megatron.types import Group, Problem, Sample
 from tests.dialogue_jobs import ENDS, Environment, counting, dialogues_of, ids_of, says, text_of
-from tests.hands import problems, timer
+from tests.rollout_buffers import problems, timer
 from tests.test_policy_logprobs import reference
 
 PROMPTS = [[5, 6, 7], [9], [100, 3, 250, 17, 60, 2], [44, 44], [8, 1, 300]]

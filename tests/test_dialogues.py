@@ -15,7 +15,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.types import Group, Problem, Sample
-from tests.hands import ids_of, words
+from tests.rollout_buffers import ids_of, words
 
 PROBLEM = Problem("p", "2 + 2?", "4", [1, 2], {"level": 3}, [{"role": "user", "content": "2 + 2?"}])
 GROUP = Group("p@5", PROBLEM, [])

@@ -11,7 +11,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sampler import RoundSampler, chosen
 from etr_megatron.types import Sample
-from tests.hands import grader, names, problems, timer
+from tests.rollout_buffers import grader, names, problems, timer
 
 
 class Engine:
@@ -107,4 +107,4 @@ def test_prompts_of_the_last_step_begun_are_dealt_out_again_and_of_no_other():
 def test_a_state_with_groups_that_servers_had_begun_is_refused():
     sampler = sampler_of(Engine())
     with pytest.raises(UserError, match=r"holds 2 unfinished groups, .*; set rollout\.backend=sglang to resume it"):
-        sampler.load_state_dict({**sampler.state_dict(), "in_hand": [{}, {}]})
+        sampler.load_state_dict({**sampler.state_dict(), "pending_groups": [{}, {}]})

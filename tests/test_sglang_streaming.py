@@ -1,4 +1,4 @@
-"""The path from training to servers: groups in hand, requests one by one, servers that are lost and come back."""
+"""The path from training to servers: groups pending, requests one by one, servers that are lost and come back."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
 def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs, hf_models, tmp_path, servers, gone, rollout):
     """A single server is lost twice, but not a third time after the job is restarted."""
     sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=5, samples_per_prompt=3)
-    steps = 6 if rollout else 3  # ahead, groups may stay in hand while others are ready
+    steps = 6 if rollout else 3  # ahead, groups may stay pending while others are ready
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), steps=steps, servers=servers, concurrency=8, **OWN)
     job |= dict(trains_long=bool(rollout))
     (found,) = gangs(1).run("tests.sglang_stream_jobs:poisoned", poison=2, rollout=rollout | sizes, **job)

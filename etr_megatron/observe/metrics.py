@@ -87,7 +87,7 @@ class MetricsRow(StepMetrics, total=False):
     staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
     staleness_max: int  # largest age of a token
     groups_redone: int  # groups drawn again because they had tokens that were too old
-    groups_in_hand: int  # with `max_staleness`: groups begun or complete, kept for later steps
+    groups_pending: int  # with `max_staleness`: groups begun or complete, kept for later steps
     tflops_per_gpu: float  # model TFLOP/s per rank: FLOPs of log-probs and updates / `time_train`; recomputation not counted
     mfu: float  # `tflops_per_gpu` / bf16 peak of the device, if that is known
     memory_allocated_gib: float  # peak GPU memory of a rank's tensors since the last step's updates, highest of all ranks

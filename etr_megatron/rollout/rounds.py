@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.collect import generate_groups
 from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
-from etr_megatron.rollout.in_hand import extend
+from etr_megatron.rollout.pending_group import extend
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, insert
 

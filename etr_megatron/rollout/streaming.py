@@ -9,8 +9,8 @@ from etr_megatron.config import Config
 from etr_megatron.data import AnyCursor
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.engine import MustStop, StreamingEngine, never
-from etr_megatron.rollout.hand import Hand
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
+from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.rollout.sampler import Rollouts, Timer
 
 if TYPE_CHECKING:
@@ -32,41 +32,41 @@ class StreamingSampler:
     ) -> None:
         """dialogues: on rank 0, if there is an environment."""
         self._cursor = cursor
-        self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader, dialogues)
+        self._buffer = None if grader is None else RolloutBuffer(config, engine, cursor, decode, grader, dialogues)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all groups are still pending."""
         # Rank 0 times generation and grading separately.
-        with nullcontext() if self._hand is not None else timer("rollout"):
+        with nullcontext() if self._buffer is not None else timer("rollout"):
             return on_rank0_until_stopped(
-                lambda anywhere: of_rank0(self._hand).take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
+                lambda anywhere: of_rank0(self._buffer).take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
             )
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`."""
-        if self._hand is not None:
-            self._hand.put_back(step)
+        if self._buffer is not None:
+            self._buffer.put_back(step)
 
     def pause(self) -> None:
         """See `Sampler.pause`."""
-        on_rank0(lambda: of_rank0(self._hand).pause(), long=True)
+        on_rank0(lambda: of_rank0(self._buffer).pause(), long=True)
 
     def resume(self) -> None:
         """See `Sampler.resume`."""
-        on_rank0(lambda: of_rank0(self._hand).resume())
+        on_rank0(lambda: of_rank0(self._buffer).resume())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Sampler.state_dict`."""
-        hand = {} if self._hand is None else self._hand.state_dict()
-        return {"cursor": self._cursor.state_dict(), **hand}
+        buffer = {} if self._buffer is None else self._buffer.state_dict()
+        return {"cursor": self._cursor.state_dict(), **buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Sampler.load_state_dict`."""
         self._cursor.load_state_dict(state["cursor"])
-        if self._hand is not None:
-            self._hand.load_state_dict(state)
+        if self._buffer is not None:
+            self._buffer.load_state_dict(state)
 
     def close(self) -> None:
         """See `Sampler.close`."""
-        if self._hand is not None:
-            self._hand.close()
+        if self._buffer is not None:
+            self._buffer.close()

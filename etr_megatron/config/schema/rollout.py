@@ -42,7 +42,7 @@ class RolloutConfig:
     the step is filled up with groups that were left out."""
     max_oversample: float = 1.5
     """Limit on the prompts of a step, as a multiple of `prompts_per_step`. `dynamic_sampling` requests no replacements beyond
-    it; `partial` keeps this many groups in hand."""
+    it; `partial` keeps this many groups pending."""
     partial: bool = False
     """Begin training when `prompts_per_step` groups are complete. Responses still in flight are cut off at the next weight sync
     and continued after it; each token keeps its own log-prob and weight version. Needs `max_staleness` of 1 or more."""

@@ -1,4 +1,4 @@
-"""A pending group ("in hand"): appending tokens to its samples, redrawing old samples, and checkpointing."""
+"""A pending group: appending tokens to its samples, redrawing old samples, and checkpointing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UTF-8."""
 
 
 @dataclass
-class InHand:
+class PendingGroup:
     """A pending group. Its samples with finish reason "abort" or "turn" are unfinished.
 
     step: the step it was requested for, which seeds the sampling. is_left_out: excluded, because all its rewards are equal.
@@ -43,7 +43,7 @@ class InHand:
     servers: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> InHand:
+    def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> PendingGroup:
         """A group with nothing drawn yet."""
         empty = [_nothing_drawn(index, weight_version) for index in range(samples)]
         return cls(Group(f"{problem.id}@{step}", problem, empty), step)
@@ -101,7 +101,7 @@ def extend(sample: Sample, drawn: Drawn) -> None:
         sample.routing = drawn.routing
 
 
-def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def pack(groups: Sequence[PendingGroup]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Groups for a checkpoint: JSON for each group, and one column per field of `_COLUMNS` with all samples in order.
 
     A column is one flat tensor; `<name>.lengths`, int64 [samples], holds the length of each sample's part.
@@ -117,18 +117,18 @@ def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tens
     return [_without_columns(held) for held in groups], columns
 
 
-def _without_columns(held: InHand) -> dict[str, Any]:
+def _without_columns(held: PendingGroup) -> dict[str, Any]:
     group = group_to_json(held.group, without=_COLUMNS)
     return {"group": group, "step": held.step, "is_left_out": held.is_left_out, "is_redone": held.is_redone}
 
 
-def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) -> list[InHand]:
+def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) -> list[PendingGroup]:
     """Inverse of `pack`."""
     parts = {name: _parts(name, columns) for name in _COLUMNS if name in columns}
     groups = []
     for one in found:
         samples = [sample | {name: next(part) for name, part in parts.items()} for sample in one["group"]["samples"]]
-        groups.append(InHand(**{**one, "group": group_from_json({**one["group"], "samples": samples})}))
+        groups.append(PendingGroup(**{**one, "group": group_from_json({**one["group"], "samples": samples})}))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""A group in hand: how it grows over weight syncs, when it is too old, and what a checkpoint keeps of it."""
+"""A pending group: how it grows over weight syncs, when it is too old, and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from array import array
 from safetensors.torch import load, save
 
 from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import InHand, extend, pack, unpack
+from etr_megatron.rollout.pending_group import PendingGroup, extend, pack, unpack
 from etr_megatron.types import Group, Problem, Sample
 
 PROBLEM = Problem("p", "6 times 7?", "42", [1, 2])
 
 
-def held(*samples: Sample, **options) -> InHand:
-    return InHand(Group("p@5", PROBLEM, list(samples)), 5, **options)
+def held(*samples: Sample, **options) -> PendingGroup:
+    return PendingGroup(Group("p@5", PROBLEM, list(samples)), 5, **options)
 
 
 def test_a_response_has_the_version_of_each_token_only_where_there_are_several():
@@ -50,9 +50,9 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
     begun, not_begun = Sample(1, [8], [-0.25], "abort", 4), Sample(0, [], [], "abort", 2)
     flat = Sample(0, [9], [-0.5], "stop", 4, "y", 0.0, "ok")
     groups = [
-        InHand(Group("p@5", PROBLEM, [mixed, begun]), 5, is_redone=True),
-        InHand(Group("q@6", PROBLEM, [not_begun]), 6),
-        InHand(Group("r@6", PROBLEM, [flat]), 6, is_left_out=True),
+        PendingGroup(Group("p@5", PROBLEM, [mixed, begun]), 5, is_redone=True),
+        PendingGroup(Group("q@6", PROBLEM, [not_begun]), 6),
+        PendingGroup(Group("r@6", PROBLEM, [flat]), 6, is_left_out=True),
     ]
     found, tensors = pack(groups)
     assert unpack(json.loads(json.dumps(found)), load(save(tensors))) == groups

@@ -1,4 +1,4 @@
-"""Pending groups ("in hand") of an engine that generates while the ranks train: dynamic sampling, partial rollouts, staleness.
+"""The pending groups of an engine that generates while the ranks train: dynamic sampling, partial rollouts, staleness.
 
 "Sampling" in docs/rollout.md lists the states of a group, and says why no request spans a weight sync.
 """
@@ -31,7 +31,7 @@ from etr_megatron.rollout.engine import (
     StreamingEngine,
     never,
 )
-from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
+from etr_megatron.rollout.pending_group import PendingGroup, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.sampler import Rollouts, Timer, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
@@ -47,7 +47,7 @@ gets its next call only between two waits. Also the longest wait of the backgrou
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
 
-class Hand:
+class RolloutBuffer:
     """The groups that were requested and not yet trained on, in the order of their requests; on rank 0 only."""
 
     def __init__(
@@ -61,14 +61,14 @@ class Hand:
     ) -> None:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
         self._dialogues = dialogues
-        self._replying: dict[int, tuple[InHand, Sample]] = {}  # waiting for the environment, by id(sample)
+        self._replying: dict[int, tuple[PendingGroup, Sample]] = {}  # waiting for the environment, by id(sample)
         # While the ranks train, and during grading, a background thread continues the dialogues. All methods below that read or
         # change the groups stop it first.
         self._background = BackgroundLoop(self._go_on_alone, "dialogues")
-        self._groups: list[InHand] = []
-        self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
+        self._groups: list[PendingGroup] = []
+        self._taken: tuple[int, list[PendingGroup]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
-        self._under_way: dict[int, tuple[InHand, Sample]] = {}
+        self._under_way: dict[int, tuple[PendingGroup, Sample]] = {}
         self._asked_for = 0  # the step that prompts are requested for; below, the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
@@ -148,7 +148,7 @@ class Hand:
                 _forget_failures(groups)
             packed, tensors = pack(groups)
             return {
-                "in_hand": packed,
+                "pending_groups": packed,
                 "tensors": tensors,
                 "asked_for": self._asked_for,
                 "asked_ids": self._asked_ids[:],
@@ -160,7 +160,7 @@ class Hand:
 
         Raises UserError if responses wait for a reply, and no environment is configured.
         """
-        self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
+        self._groups = unpack(state.get("pending_groups", []), state.get("tensors", {}))
         waits = sum(sample.finish_reason == "turn" for held in self._groups for sample in held.group.samples)
         if waits and self._dialogues is None:
             raise UserError(
@@ -199,7 +199,7 @@ class Hand:
             self._finish(sample)
         self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
 
-    def _has(self, held: InHand, sample: Sample) -> bool:
+    def _has(self, held: PendingGroup, sample: Sample) -> bool:
         """Whether the sample is still needed: its group was not given up, and the sample was not replaced by an empty one."""
         return any(one is held for one in self._groups) and held.group.samples[sample.index] is sample
 
@@ -218,15 +218,15 @@ class Hand:
         problems = self._cursor.next(count, after=self._asked_ids)
         self._asked_ids += [problem.id for problem in problems]
         samples, version = self._config.rollout.samples_per_prompt, self._engine.weight_version
-        new = [InHand.new(problem, step=step, samples=samples, weight_version=version) for problem in problems]
+        new = [PendingGroup.new(problem, step=step, samples=samples, weight_version=version) for problem in problems]
         self._counts["groups_asked"] += len(new)
         self._groups += new
         self._submit(new)
 
-    def _submit(self, groups: Sequence[InHand]) -> None:
+    def _submit(self, groups: Sequence[PendingGroup]) -> None:
         self._continue([(held, sample) for held in groups for sample in held.missing])
 
-    def _continue(self, missing: Iterable[tuple[InHand, Sample]]) -> None:
+    def _continue(self, missing: Iterable[tuple[PendingGroup, Sample]]) -> None:
         """Submit these samples to the engine, or to the environment if their turn has ended."""
         draws = []
         for held, sample in missing:
@@ -242,7 +242,7 @@ class Hand:
         if draws:
             self._engine.submit(draws)
 
-    def _have_replied(self, held: InHand, sample: Sample) -> None:
+    def _have_replied(self, held: PendingGroup, sample: Sample) -> None:
         if self._dialogues is not None and id(sample) not in self._replying:
             self._replying[id(sample)] = held, sample
             self._dialogues.submit(self, held.group, sample, self._config.rollout.max_response_tokens)
@@ -268,7 +268,7 @@ class Hand:
         if sample.finish_reason in ("stop", "length"):
             sample.text = self._decode(sample.response_ids.tolist())
 
-    def _give_up(self, group: InHand, why: str) -> None:
+    def _give_up(self, group: PendingGroup, why: str) -> None:
         """Drop the whole group, because only complete groups are trained on; its pending replies will be ignored."""
         left = [held for held in self._groups if held is not group]
         if len(left) < len(self._groups):
@@ -335,7 +335,7 @@ class Hand:
         counts: dict[str, float] = {name: self._counts[name] for name in names}
         if rollout.max_staleness:
             counts |= {"staleness_mean": ages / max(tokens, 1), "staleness_max": oldest}
-            counts |= {"groups_redone": self._counts["groups_redone"], "groups_in_hand": len(self._groups)}
+            counts |= {"groups_redone": self._counts["groups_redone"], "groups_pending": len(self._groups)}
         if self._counts["groups_given_up"]:
             counts["groups_given_up"] = self._counts["groups_given_up"]
         if rollout.partial:
@@ -343,12 +343,12 @@ class Hand:
         return counts
 
 
-def _complete(groups: Iterable[InHand]) -> list[Sample]:
+def _complete(groups: Iterable[PendingGroup]) -> list[Sample]:
     """The responses of complete groups."""
     return [sample for held in groups if not held.missing for sample in held.group.samples]
 
 
-def _forget_failures(groups: Iterable[InHand]) -> None:
+def _forget_failures(groups: Iterable[PendingGroup]) -> None:
     """Reset failed grades and failed environment calls (in place), so that both are repeated after a fix."""
     for held in groups:
         failed = [one for one in held.group.samples if one.reward_status not in ("ok", None) or one.call_failed]

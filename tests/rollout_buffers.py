@@ -1,4 +1,4 @@
-"""A hand of groups, an engine that draws for it, and other helpers of its tests."""
+"""A buffer of groups, an engine that draws for it, and other helpers of its tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.engine import Draw, Drawn
-from etr_megatron.rollout.hand import Hand
+from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.types import Problem
 
 
@@ -162,7 +162,9 @@ def timer(_phase):
     return contextlib.nullcontext()
 
 
-def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, environment=None, max_turns=8, **rollout) -> Hand:
+def buffer_of(
+    engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, environment=None, max_turns=8, **rollout
+) -> RolloutBuffer:
     settings = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=2, backend="sglang", **rollout)
     config = Config(run=RunConfig(steps=steps), rollout=settings)
     asked, dialogues = problems(count), None
@@ -170,7 +172,7 @@ def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, env
         asked = Problems(replace(one, messages=[{"role": "user", "content": one.prompt}]) for one in asked)
         dialogues = Dialogues(environment, lambda reply, last: ids_of(reply[0]), words, max_turns=max_turns)
     cursor = PromptCursor(asked, seed=1, shuffle=shuffle)
-    return Hand(config, engine, cursor, words, grader(flat), dialogues)
+    return RolloutBuffer(config, engine, cursor, words, grader(flat), dialogues)
 
 
 def ids_of(message) -> list[int]:
@@ -187,10 +189,10 @@ def names(rollouts) -> list[str]:
     return [group.problem.id for group in rollouts.groups]
 
 
-def sync(hand: Hand, engine: Engine) -> None:
-    hand.pause()
+def sync(buffer: RolloutBuffer, engine: Engine) -> None:
+    buffer.pause()
     engine.weight_version += 1
-    hand.resume()
+    buffer.resume()
 
 
 def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:

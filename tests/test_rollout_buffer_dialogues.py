@@ -1,4 +1,4 @@
-"""Groups in hand whose responses have several turns: whatever the order of events, every token is what and whose it says."""
+"""Pending groups whose responses have several turns: whatever the order of events, every token is what and whose it says."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.collect import UngradedError
-from etr_megatron.rollout.hand import Hand
-from etr_megatron.rollout.in_hand import InHand
-from tests.hands import Environment, Talker, assert_dialogue, hand_of, names, reply_of, sync, through_disk, timer
+from etr_megatron.rollout.pending_group import PendingGroup
+from etr_megatron.rollout.rollout_buffer import RolloutBuffer
+from tests.rollout_buffers import Environment, Talker, assert_dialogue, buffer_of, names, reply_of, sync, through_disk, timer
 
 AHEAD = dict(partial=True, max_staleness=1)
 
 
-def resumed(hand: Hand, engine: Talker, environment: Environment | None, state: dict | None = None, **options) -> Hand:
-    """A new process with what the hand, or `state`, has; its first step syncs the weights."""
-    state = state or saved(hand)
-    again = hand_of(engine, environment=environment, **options)
+def resumed(
+    buffer: RolloutBuffer, engine: Talker, environment: Environment | None, state: dict | None = None, **options
+) -> RolloutBuffer:
+    """A new process with what the buffer, or `state`, has; its first step syncs the weights."""
+    state = state or saved(buffer)
+    again = buffer_of(engine, environment=environment, **options)
     again._cursor.load_state_dict(state["cursor"])
     again.load_state_dict(state)
     again.pause()
@@ -31,8 +33,8 @@ def resumed(hand: Hand, engine: Talker, environment: Environment | None, state: 
     return again
 
 
-def saved(hand: Hand) -> dict:
-    return through_disk({"cursor": hand._cursor.state_dict(), **hand.state_dict()})
+def saved(buffer: RolloutBuffer) -> dict:
+    return through_disk({"cursor": buffer._cursor.state_dict(), **buffer.state_dict()})
 
 
 def assert_dialogues(taken, **limits) -> None:
@@ -50,21 +52,21 @@ def without_background(monkeypatch):
 @pytest.fixture
 def redone(monkeypatch):
     """How often each problem's responses were drawn anew."""
-    found, before = Counter(), InHand.redo_older_than
+    found, before = Counter(), PendingGroup.redo_older_than
 
     def redo(held, version):
         was = before(held, version)
         found[held.group.problem.answer] += was
         return was
 
-    monkeypatch.setattr(InHand, "redo_older_than", redo)
+    monkeypatch.setattr(PendingGroup, "redo_older_than", redo)
     return found
 
 
 def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_sync_none(without_background):
     engine, environment = Talker(), Environment()
-    hand = hand_of(engine, environment=environment, prompts=3, max_response_tokens=256, **AHEAD)
-    hand.take(1, timer)
+    buffer = buffer_of(engine, environment=environment, prompts=3, max_response_tokens=256, **AHEAD)
+    buffer.take(1, timer)
     last, further = {}, 0
     for draw, drawn in engine.submitted:
         name = draw.problem.id, draw.index
@@ -73,7 +75,7 @@ def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_syn
         further += bool(drawn)
     assert further > 4
     held = len(engine.submitted)
-    sync(hand, engine)
+    sync(buffer, engine)
     again = engine.submitted[held:]
     assert any(drawn for _, drawn in again) and not any(draw.server for draw, _ in again)
 
@@ -88,9 +90,9 @@ def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice
     engine = Talker(beside=rng.randrange(6), bad={f"p{rng.randrange(30)}" for _ in range(rng.randrange(3))})
     flat = {f"p{rng.randrange(30)}" for _ in range(rng.randrange(8))}
     turns = rng.choice([2, 8])
-    hand = hand_of(engine, environment=environment, flat=flat, count=200, max_turns=turns, **options)
+    buffer = buffer_of(engine, environment=environment, flat=flat, count=200, max_turns=turns, **options)
     for step in range(1, 8):
-        taken = hand.take(step, timer)
+        taken = buffer.take(step, timer)
         assert len(taken.groups) == 4
         assert_dialogues(taken, limit=options["max_response_tokens"], max_turns=turns)
         samples = [sample for group in taken.groups for sample in group.samples]
@@ -100,8 +102,8 @@ def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice
             assert taken.counts["staleness_mean"] == pytest.approx(sum(map(sum, ages)) / sum(map(len, ages)))
         else:
             assert max(map(max, ages)) == 0
-        sync(hand, engine)
-    hand.close()
+        sync(buffer, engine)
+    buffer.close()
     asked = Counter(environment.asked)
     assert len(asked) > 60 and all(count <= 1 + redone[answer] for (answer, _), count in asked.items())
 
@@ -110,20 +112,20 @@ def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice
 def test_a_pause_leaves_replies_under_way_and_a_resume_asks_for_nothing_again(partial, without_background):
     environment = Environment()
     engine = Talker(beside=50)
-    hand = hand_of(engine, environment=environment, max_staleness=2, partial=partial)
-    hand.take(1, timer)
+    buffer = buffer_of(engine, environment=environment, max_staleness=2, partial=partial)
+    buffer.take(1, timer)
     environment.slow = lambda number: True
-    hand.pause()  # which draws the first turn of everything in hand
-    assert len(environment.asked) == len(set(environment.asked)) and not hand._under_way
-    assert {id(one) for held in hand._groups for one in held.missing} == set(hand._replying) != set()
+    buffer.pause()  # which draws the first turn of everything pending
+    assert len(environment.asked) == len(set(environment.asked)) and not buffer._under_way
+    assert {id(one) for held in buffer._groups for one in held.missing} == set(buffer._replying) != set()
     submitted = len(engine.submitted)
-    hand.resume()
+    buffer.resume()
     assert len(engine.submitted) == submitted and len(environment.asked) == len(set(environment.asked))
     environment.slow = lambda number: False
     for step in (2, 3):
-        taken = hand.take(step, timer)
+        taken = buffer.take(step, timer)
         assert_dialogues(taken)
-        sync(hand, engine)
+        sync(buffer, engine)
     assert len(environment.asked) == len(set(environment.asked))
     first = Counter((draw.problem.id, draw.index) for draw, drawn in engine.submitted if not drawn)
     assert set(first.values()) == {1}
@@ -131,99 +133,99 @@ def test_a_pause_leaves_replies_under_way_and_a_resume_asks_for_nothing_again(pa
 
 def test_a_resume_submits_once_what_was_cut_off_in_a_later_turn(without_background):
     engine = Talker(beside=1)
-    hand = hand_of(engine, environment=Environment(), max_staleness=2, partial=True)
-    hand.take(1, timer)
+    buffer = buffer_of(engine, environment=Environment(), max_staleness=2, partial=True)
+    buffer.take(1, timer)
     for _ in range(4):
-        hand._go_on(0.01)
-    hand.pause()
-    cut = [(held.group.problem.id, one) for held in hand._groups for one in held.missing if one.finish_reason == "abort"]
+        buffer._go_on(0.01)
+    buffer.pause()
+    cut = [(held.group.problem.id, one) for held in buffer._groups for one in held.missing if one.finish_reason == "abort"]
     assert any(0 in sample.loss_mask for _, sample in cut)
     before = len(engine.submitted)
-    hand.resume()
+    buffer.resume()
     new = [(draw.problem.id, draw.index, drawn, draw.turn_begin) for draw, drawn in engine.submitted[before:]]
     assert new == [(name, one.index, one.response_ids.tolist(), one.turn_begin) for name, one in cut]
 
 
 def test_what_the_engine_could_not_answer_is_drawn_after_the_sync_and_nothing_is_waited_for_in_vain(without_background):
     engine = Talker()
-    hand = hand_of(engine, environment=Environment(), **AHEAD)
-    hand.take(1, timer)
-    assert hand._under_way
+    buffer = buffer_of(engine, environment=Environment(), **AHEAD)
+    buffer.take(1, timer)
+    assert buffer._under_way
     engine._under_way.clear()  # its servers are lost
-    sync(hand, engine)
+    sync(buffer, engine)
     for step in (2, 3):
-        assert_dialogues(hand.take(step, timer))
-        sync(hand, engine)
-    while any(held.missing for held in hand._groups):
-        hand._go_on(0.01)
-    assert not hand._under_way and not hand._replying
+        assert_dialogues(buffer.take(step, timer))
+        sync(buffer, engine)
+    while any(held.missing for held in buffer._groups):
+        buffer._go_on(0.01)
+    assert not buffer._under_way and not buffer._replying
 
 
 def test_a_late_reply_to_a_response_that_is_drawn_anew_is_ignored(without_background, redone):
     """The reply may come before the response that is drawn anew asks for its own, or after."""
     environment, engine = Environment(), Talker(beside=50)
-    hand = hand_of(engine, environment=environment, **AHEAD)
-    hand.take(1, timer)
-    slow = hand._groups[1]
+    buffer = buffer_of(engine, environment=environment, **AHEAD)
+    buffer.take(1, timer)
+    slow = buffer._groups[1]
     environment.slow = lambda number: number == int(slow.group.problem.answer)
-    sync(hand, engine)
+    sync(buffer, engine)
     old = list(slow.group.samples)
     assert all(sample.finish_reason == "turn" and sample.response_ids for sample in old)
     with pytest.raises(StopAskedError):  # three groups are ready, and the fourth's tokens are not too old yet
-        hand.take(2, timer, lambda: True)
-    sync(hand, engine)
+        buffer.take(2, timer, lambda: True)
+    sync(buffer, engine)
     assert slow.is_redone and redone[slow.group.problem.answer] == 1
     assert all(new is not one and not new.response_ids for new, one in zip(slow.group.samples, old, strict=True))
     before = [sample.response_ids.tolist() for sample in old]
     environment.slow = lambda number: False
-    taken = hand.take(2, timer)
+    taken = buffer.take(2, timer)
     assert slow.group in taken.groups
     assert_dialogues(taken)
-    assert [sample.response_ids.tolist() for sample in old] == before and not hand._replying
+    assert [sample.response_ids.tolist() for sample in old] == before and not buffer._replying
 
 
 def test_a_step_takes_what_is_ready_while_a_reply_is_late_and_no_token_gets_too_old(redone):
     environment, engine = Environment(slow=lambda number: number == 1), Talker(beside=3)
-    hand = hand_of(engine, environment=environment, partial=True, max_staleness=2, max_oversample=2)
+    buffer = buffer_of(engine, environment=environment, partial=True, max_staleness=2, max_oversample=2)
     for step in (1, 2):
-        taken = hand.take(step, timer)
+        taken = buffer.take(step, timer)
         assert "p1" not in names(taken) and len(taken.groups) == 4
         assert_dialogues(taken)
-        sync(hand, engine)
+        sync(buffer, engine)
     assert redone["1"] == 0
-    assert_dialogues(hand.take(3, timer))
-    sync(hand, engine)
+    assert_dialogues(buffer.take(3, timer))
+    sync(buffer, engine)
     assert redone["1"] == 1
     looks = iter([False, True])
     with pytest.raises(StopAskedError):  # the step waits for what is drawn anew, as it might else be so forever
-        hand.take(4, timer, lambda: next(looks))
+        buffer.take(4, timer, lambda: next(looks))
     environment.slow = lambda number: False
     found = []
     for step in (4, 5):
-        taken = hand.take(step, timer)
+        taken = buffer.take(step, timer)
         assert taken.counts["staleness_max"] <= 2
         assert_dialogues(taken)
         found += names(taken)
-        sync(hand, engine)
+        sync(buffer, engine)
     assert found.count("p1") == 1
-    hand.close()
+    buffer.close()
 
 
 def test_a_group_that_is_given_up_is_asked_for_no_further_replies(without_background):
     environment = Environment(slow=lambda number: True)
-    hand = hand_of(Talker(), environment=environment)
-    hand._ask(1, 4)
-    while not hand._replying:
-        hand._go_on(0.01)
-    held, _ = next(iter(hand._replying.values()))  # the group's other response is still at the engine
-    assert len([one for one, _ in hand._replying.values() if one is held]) == 1
-    hand._give_up(held, "it is bad")
+    buffer = buffer_of(Talker(), environment=environment)
+    buffer._ask(1, 4)
+    while not buffer._replying:
+        buffer._go_on(0.01)
+    held, _ = next(iter(buffer._replying.values()))  # the group's other response is still at the engine
+    assert len([one for one, _ in buffer._replying.values() if one is held]) == 1
+    buffer._give_up(held, "it is bad")
     environment.slow = lambda number: False
-    taken = hand.take(1, timer)
+    taken = buffer.take(1, timer)
     assert held.group not in taken.groups and taken.counts["groups_given_up"] == 1
     assert [answer for answer, _ in environment.asked].count(held.group.problem.answer) == 1
     assert_dialogues(taken)
-    assert not hand._replying and not hand._under_way
+    assert not buffer._replying and not buffer._under_way
 
 
 @pytest.mark.parametrize("progress", range(12))
@@ -232,14 +234,14 @@ def test_a_run_that_is_resumed_has_the_responses_of_an_undisturbed_one(progress,
         return rng.randrange(4)
 
     rng = random.Random(progress)
-    hand = hand_of(Talker(), environment=Environment(delay), **AHEAD)
-    hand.take(1, timer)
+    buffer = buffer_of(Talker(), environment=Environment(delay), **AHEAD)
+    buffer.take(1, timer)
     for _ in range(progress):
-        hand._go_on(0.01)
-    again = resumed(hand, Talker(), Environment(delay), **AHEAD)
+        buffer._go_on(0.01)
+    again = resumed(buffer, Talker(), Environment(delay), **AHEAD)
     expected, found = {}, {}
     for step in (2, 3, 4, 5):  # which groups a step takes depends on the order in which they are complete
-        expected |= {group.id: group for group in hand.take(step, timer).groups}
+        expected |= {group.id: group for group in buffer.take(step, timer).groups}
         found |= {group.id: group for group in again.take(step, timer).groups}
     both = expected.keys() & found.keys()
     assert len(both) >= 12 and all(found[name] == expected[name] for name in both)
@@ -248,12 +250,12 @@ def test_a_run_that_is_resumed_has_the_responses_of_an_undisturbed_one(progress,
             assert_dialogue(group.problem, sample)
 
 
-def states_of(hand: Hand) -> set[str]:
-    """Where the responses in hand are."""
-    drawing = {id(sample) for _, sample in hand._under_way.values()}
-    asked = {id(sample) for _, sample in hand._replying.values()}
+def states_of(buffer: RolloutBuffer) -> set[str]:
+    """Where the pending responses are."""
+    drawing = {id(sample) for _, sample in buffer._under_way.values()}
+    asked = {id(sample) for _, sample in buffer._replying.values()}
     found = set()
-    for sample in (sample for held in hand._groups for sample in held.missing):
+    for sample in (sample for held in buffer._groups for sample in held.missing):
         where = "drawing" if id(sample) in drawing else "replying" if id(sample) in asked else "waiting"
         found.add(f"{where} after a reply" if 0 in sample.loss_mask else where)
     return found
@@ -262,75 +264,75 @@ def states_of(hand: Hand) -> set[str]:
 def test_checkpoints_are_resumed_with_responses_in_every_state(without_background):
     seen, rng = set(), random.Random(3)
     for progress in range(30):
-        hand = hand_of(Talker(), environment=Environment(lambda: rng.randrange(4)), **AHEAD)
-        hand.take(1, timer)
+        buffer = buffer_of(Talker(), environment=Environment(lambda: rng.randrange(4)), **AHEAD)
+        buffer.take(1, timer)
         for _ in range(progress):
-            hand._go_on(0.01)
+            buffer._go_on(0.01)
         if progress % 3 == 0:
-            hand.pause()
-        seen |= states_of(hand)
-        again = resumed(hand, Talker(), Environment(), **AHEAD)
+            buffer.pause()
+        seen |= states_of(buffer)
+        again = resumed(buffer, Talker(), Environment(), **AHEAD)
         assert_dialogues(again.take(2, timer))
     assert seen == {one + after for one in ("drawing", "replying", "waiting") for after in ("", " after a reply")}
 
 
 def test_a_checkpoint_from_before_there_were_environments_is_resumed(without_background):
     engine = Talker(beside=2)
-    hand = hand_of(engine, **AHEAD)
-    hand.take(1, timer)
-    hand.pause()
-    state = saved(hand)
+    buffer = buffer_of(engine, **AHEAD)
+    buffer.take(1, timer)
+    buffer.pause()
+    state = saved(buffer)
     for name in ("loss_mask", "loss_mask.lengths"):
         del state["tensors"][name]
-    again = resumed(hand, Talker(), None, state, **AHEAD)
-    hand.resume()
-    assert names(again.take(2, timer)) == names(hand.take(2, timer))
+    again = resumed(buffer, Talker(), None, state, **AHEAD)
+    buffer.resume()
+    assert names(again.take(2, timer)) == names(buffer.take(2, timer))
 
 
 def test_a_checkpoint_with_responses_that_wait_for_a_reply_is_refused_without_an_environment(without_background):
-    hand = hand_of(Talker(beside=50), environment=Environment(slow=lambda number: number > 3), **AHEAD)
-    hand.take(1, timer)
-    hand.pause()
+    buffer = buffer_of(Talker(beside=50), environment=Environment(slow=lambda number: number > 3), **AHEAD)
+    buffer.take(1, timer)
+    buffer.pause()
     with pytest.raises(
         UserError, match=r"holds 8 responses that wait for a reply of an environment; set environment\.function"
     ):
-        resumed(hand, Talker(), None, **AHEAD)
+        resumed(buffer, Talker(), None, **AHEAD)
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_when_all_calls_fail_the_run_ends_and_a_restart_asks_again(step, without_background):
     environment, engine = Environment(), Talker(beside=50)
-    hand = hand_of(engine, environment=environment, **AHEAD)
+    buffer = buffer_of(engine, environment=environment, **AHEAD)
     if step == 2:
-        hand.take(1, timer)
+        buffer.take(1, timer)
     environment.broken = lambda number: "error"
     if step == 2:
-        sync(hand, engine)
+        sync(buffer, engine)
     with pytest.raises(UngradedError, match=r"(\d+) of \1 calls of environment.function failed, .* first: error of p"):
-        hand.take(step, timer)
-    hand.put_back(step)
+        buffer.take(step, timer)
+    buffer.put_back(step)
     engine = Talker()
     engine.weight_version = step - 1
-    taken = resumed(hand, engine, Environment(), **AHEAD).take(step, timer)
+    taken = resumed(buffer, engine, Environment(), **AHEAD).take(step, timer)
     assert_dialogues(taken)
 
 
 def test_a_checkpoint_that_is_saved_before_the_failures_are_noticed_asks_again_too(without_background):
     """If the step before it was saved, a run that ends saves no other checkpoint."""
     environment, engine = Environment(), Talker(beside=50)
-    hand = hand_of(engine, environment=environment, **AHEAD)
-    hand.take(1, timer)
+    buffer = buffer_of(engine, environment=environment, **AHEAD)
+    buffer.take(1, timer)
     environment.broken = lambda number: "timeout" if number == 4 else "error"
-    sync(hand, engine)
-    hand._go_on(0.01)
-    assert any(one.environment_status == "error" for held in hand._groups for one in held.group.samples)
-    state = saved(hand)
-    assert any(one.environment_status == "error" for held in hand._groups for one in held.group.samples)  # as before
+    sync(buffer, engine)
+    buffer._go_on(0.01)
+    assert any(one.environment_status == "error" for held in buffer._groups for one in held.group.samples)
+    state = saved(buffer)
+    assert any(one.environment_status == "error" for held in buffer._groups for one in held.group.samples)  # as before
     with pytest.raises(UngradedError):
-        hand.take(2, timer)
+        buffer.take(2, timer)
     again = Talker()
     again.weight_version = 1
-    assert_dialogues(resumed(hand, again, Environment(), state, **AHEAD).take(2, timer))
+    assert_dialogues(resumed(buffer, again, Environment(), state, **AHEAD).take(2, timer))
 
 
 class Endless(Environment):
@@ -345,49 +347,49 @@ class Endless(Environment):
 
 @pytest.mark.parametrize(("options", "count"), [({}, 8), (dict(dynamic_sampling=True, max_oversample=1.5), 12)])
 def test_when_failed_calls_end_all_responses_of_a_step_the_run_ends_though_others_succeed(options, count, without_background):
-    hand = hand_of(Talker(), environment=(environment := Endless()), **options)
+    buffer = buffer_of(Talker(), environment=(environment := Endless()), **options)
     said = rf"^failed calls of environment.function ended all {count} responses; the last: no end \(problem p\d\); fix env"
     with pytest.raises(UngradedError, match=said):
-        hand.take(1, timer)
+        buffer.take(1, timer)
     assert len(environment.asked) > count  # more than one call for some
-    hand.put_back(1)
-    assert_dialogues(resumed(hand, Talker(), Environment(), **options).take(1, timer))
+    buffer.put_back(1)
+    assert_dialogues(resumed(buffer, Talker(), Environment(), **options).take(1, timer))
 
 
 def test_a_checkpoint_that_is_saved_before_that_is_noticed_asks_again_too(without_background):
     environment, engine = Endless(), Talker(beside=50)
     environment.is_broken = False
-    hand = hand_of(engine, environment=environment, **AHEAD)
-    hand.take(1, timer)
+    buffer = buffer_of(engine, environment=environment, **AHEAD)
+    buffer.take(1, timer)
     environment.is_broken = True
-    sync(hand, engine)
-    while any(held.missing for held in hand._groups):
-        hand._go_on(0.01)
-    assert all(one.call_failed for held in hand._groups for one in held.group.samples)
-    state = saved(hand)
+    sync(buffer, engine)
+    while any(held.missing for held in buffer._groups):
+        buffer._go_on(0.01)
+    assert all(one.call_failed for held in buffer._groups for one in held.group.samples)
+    state = saved(buffer)
     with pytest.raises(UngradedError, match="ended all 8 responses"):
-        hand.take(2, timer)
+        buffer.take(2, timer)
     again = Talker()
     again.weight_version = 1
-    assert_dialogues(resumed(hand, again, Environment(), state, **AHEAD).take(2, timer))
+    assert_dialogues(resumed(buffer, again, Environment(), state, **AHEAD).take(2, timer))
 
 
 def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_background):
     environment = Environment(broken=lambda number: "error" if number == 2 else "timeout" if number == 3 else "")
-    hand = hand_of(Talker(), environment=environment)
+    buffer = buffer_of(Talker(), environment=environment)
     with caplog.at_level(logging.WARNING):
-        taken = hand.take(1, timer)
+        taken = buffer.take(1, timer)
     assert [group.samples[0].environment_status for group in taken.groups] == ["ok", "ok", "error", "timeout"]
     assert [group.samples[0].turns for group in taken.groups] == [1, 2, 1, 1]
     assert all(one.finish_reason == "stop" and one.reward is not None for group in taken.groups for one in group.samples)
     assert "calls of environment.function failed" in caplog.text
-    state = saved(hand)
-    assert not any(one["finish_reason"] == "turn" for held in state["in_hand"] for one in held["group"]["samples"])
+    state = saved(buffer)
+    assert not any(one["finish_reason"] == "turn" for held in state["pending_groups"] for one in held["group"]["samples"])
 
 
 def test_the_reply_after_the_last_step_of_a_response_is_asked_for_and_no_further_one(without_background):
     environment = Environment()
-    taken = hand_of(Talker(), environment=environment).take(1, timer)
+    taken = buffer_of(Talker(), environment=environment).take(1, timer)
     turns = Counter(answer for answer, _ in environment.asked)
     for group in taken.groups:
         number = int(group.problem.answer)
