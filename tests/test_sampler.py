@@ -286,7 +286,7 @@ def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_sta
 
 
 def test_sigterm_while_the_environment_is_asked_stops_a_step_of_rounds_whose_prompts_are_drawn_again(monkeypatch):
-    def stop_if_told(engine, groups, sampling, dialogues, must_stop):
+    def stop_if_told(engine, groups, sampling, dialogues, must_stop, *, earlier):
         if must_stop():
             raise StopAskedError("told to stop")
 
