@@ -7,8 +7,9 @@ import pytest
 
 from etr_megatron.rollout import Sampling
 from tests.stop_jobs import SPELLED, bpe
-from tests.test_sglang_server import OWN, PROMPTS, model, pytestmark  # noqa: F401
+from tests.test_sglang_server import OWN, PROMPTS, PYTHON, model, pytestmark  # noqa: F401
 from tests.test_stop_strings import check_cut, inner_text
+from tests.warm_servers import real_in_gangs
 
 
 def test_a_server_ends_a_response_where_the_embedded_engine_does(gangs, model, tmp_path):  # noqa: F811
@@ -17,7 +18,8 @@ def test_a_server_ends_a_response_where_the_embedded_engine_does(gangs, model, t
     (free,) = gangs(1).run("tests.stop_jobs:embedded", **job)
     texts = [inner_text(group[0]["response_ids"].tolist()) for group in free[:2]]
     (wanted,) = gangs(1).run("tests.stop_jobs:embedded", texts=texts, **job)
-    (found,) = gangs(1).run("tests.stop_jobs:served", texts=texts, directory=str(tmp_path), deadline_s=1500.0, **OWN, **job)
+    job |= dict(texts=texts, directory=str(tmp_path), deadline_s=1500.0, **OWN, **real_in_gangs(str(PYTHON)))
+    (found,) = gangs(1).run("tests.stop_jobs:served", **job)
     for (before,), (mine,), (one,), rest in zip(free, wanted, found["samples"], found["rest"], strict=True):
         check_cut(before, one, texts)
         assert one["response_ids"] == mine["response_ids"] and one["finish_reason"] == mine["finish_reason"]
