@@ -16,7 +16,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.metrics import step_metrics
 from etr_megatron.objective import LossSettings, resolve_loss
 from etr_megatron.policy import StepRouting, TokenLogprobs
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
 from etr_megatron.policy.not_finite import RowWatch, refuse_not_finite
 from etr_megatron.policy.packing import pack
 from tests.batches import FLAT_LENGTHS, LENGTHS, REWARDS, batch_of, config, groups, logprobs, metrics_row, update
@@ -315,7 +315,7 @@ def test_the_loss_gets_each_rows_values_in_the_microbatchs_order():
     at = [2] * 2 + [10] * 7 + [6] * 2
     for name in ("advantage", "clip_low", "clip_high", "weight", "group_mean", "group_std", "variance"):
         assert torch.equal(getattr(inputs, name), getattr(batch, name)[at])
-    assert pass_rate_bins_of_rows(batch, micro).tolist() == [2] * 2 + [1] * 7 + [-1] * 2
+    assert pass_rate_bins_of_samples(batch, micro).tolist() == [2, 1, -1]
     assert inputs.sequences.index.tolist() == [0] * 2 + [1] * 7 + [2] * 2 and inputs.sequences.lengths.tolist() == [2, 7, 2]
     empty = loss_inputs(batch, pack(batch.sequences, [], multiple=2, device=torch.device("cpu")), inputs.settings)
     assert len(empty.old_logp) == 0 and len(empty.sequences.lengths) == 0

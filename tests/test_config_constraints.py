@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -31,7 +31,7 @@ def numeric_keys() -> list[str]:
     found = []
     for section, cls in get_type_hints(Config).items():
         for name, hint in get_type_hints(cls).items():
-            if {int, float} & ({hint} | set(getattr(hint, "__args__", ()))):
+            if get_origin(hint) is not dict and {int, float} & {hint, *get_args(hint)}:
                 found.append(f"{section}.{name}")
     return [key for key in found if key not in ("reward.range_min", "reward.range_max")]
 

@@ -164,7 +164,9 @@ def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, sche
         held, passes = reply["peak"]["layers"] - vpp * frequencies(arch), passes_in_flight(layout, stage, microbatches)
         expected = passes * layers * saved
         if recompute != "train.recompute=none":
-            expected = passes * (one + (layers - 1) * saved) if recompute == BLOCK else passes * layers * one + saved - one
+            kept = one + (layers - 1) * saved if recompute == BLOCK else layers * one
+            # A layer is recomputed when what follows it in the chunk is freed.
+            expected = passes * kept + (max(0, (2 - layers) * saved - one) if recompute == BLOCK else saved - one)
         ahead = held - expected  # inputs of passes that have not begun, or whose backward pass has just ended
         assert ahead in (0, one, 2 * one)
         how = Recomputation.of(load_config(None, [recompute]).train)
@@ -268,6 +270,7 @@ def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: P
     with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
         saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
     measured = found[512] - found[256] - (saved - layer_input(arch, split))  # the input existed before
+    measured -= 2 * 4 * (512 - 256)  # rows' log-probs and entropies, kept until values are read after the last pass
     # With experts 0.58 and 1.14 times `saved`, where ETP gathers in fp32 2.18 times; without 0.53 times with TP.
     if counted > saved // 2:
         assert measured == pytest.approx(counted, rel=0.06 if more else 0.001)

@@ -50,14 +50,14 @@ def loss_inputs(
     rows |= {name: getattr(batch, name)[micro.row_sample] for name in _BY_SAMPLE}
     rows.setdefault("correction", torch.ones_like(rows["old_logp"]))
     on_device = dict(zip(rows, torch.stack([*rows.values()]).to(device), strict=True))
-    unknown = torch.full_like(on_device["old_logp"], torch.nan)
+    unknown = torch.full((), torch.nan, device=device).expand(len(at))
     sequences = Sequences(place.to(device), lengths.to(device), reduce)
     return LossInputs(logp=unknown, entropy=unknown, sequences=sequences, settings=settings, **on_device)
 
 
-def pass_rate_bins_of_rows(batch: PolicyBatch, micro: Microbatch) -> Tensor:
-    """int64 [R], on the microbatch's device: the pass-rate bin of each row's group."""
-    return batch.pass_rate_bin[micro.row_sample].to(micro.targets.device)
+def pass_rate_bins_of_samples(batch: PolicyBatch, micro: Microbatch) -> Tensor:
+    """int64 [S], on the microbatch's device: the pass-rate bin of each of its samples' groups."""
+    return batch.pass_rate_bin[list(micro.samples)].to(micro.targets.device)
 
 
 def _rows_of_tokens(values: Sequence[Tensor], micro: Microbatch, at: Tensor) -> Tensor:

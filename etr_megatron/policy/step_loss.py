@@ -15,7 +15,7 @@ from etr_megatron.config import ObjectiveConfig
 from etr_megatron.objective import DiagnosticSums, LossInputs, LossOutputs, PolicyLoss, diagnostic_sums, read_sums
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import summed
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
 from etr_megatron.policy.not_finite import RowWatch, refuse_not_finite
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.policy.parallel import Layout
@@ -52,7 +52,7 @@ class StepLoss:
         reduce = partial(summed, group=mpu.get_context_parallel_group()) if layout.cp > 1 else None
         settings = loss_settings(objective)
         self._known = [loss_inputs(batch, one, settings, reduce) for one in mine]
-        self._bins = [pass_rate_bins_of_rows(batch, one) for one in mine]
+        self._bins = [pass_rate_bins_of_samples(batch, one) for one in mine]
         self._watches = [RowWatch(batch, one, loss=loss.name, rank=layout.rank) for one in mine]
 
     def __call__(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, DiagnosticSums]]:
@@ -79,7 +79,8 @@ class StepLoss:
         watch.see(inputs, loss)
         self._try_rows(inputs)
         own = {name: torch.cat([part.rows[name] for part in parts]) for name in (parts[0].rows if parts else ())}
-        sums = diagnostic_sums(inputs, LossOutputs(loss.detach(), own), self._bins[number])
+        bins = self._bins[number][known.sequences.index]
+        sums = diagnostic_sums(inputs, LossOutputs(loss.detach(), own), bins)
         tokens = torch.full((), len(known.old_logp), dtype=torch.int, device=loss.device)
         return loss, tokens, (loss.detach(), sums)
 
