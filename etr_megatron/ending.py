@@ -59,7 +59,7 @@ class Ending:
 
     def run(self, train: Callable[[], None], trained: Callable[[], int], has_begun: Callable[[], bool]) -> None:
         """Call `train`, the loop over all steps, and write how it ended. trained: returns the last completed step. has_begun:
-        returns whether this start has changed the run; a start that fails before leaves an earlier one's status as it is.
+        returns whether this start has changed the run; a start that fails before leaves the status of a finished run as it is.
 
         Raises the error of `train`, or RequeueError for any error after SIGTERM.
         """
@@ -144,10 +144,10 @@ class Ending:
 
     def _write(self, state: RunState, step: int, message: str) -> None:
         """Write the status. Errors are ignored: on a full disk it may not fit, and they must not hide the run's own error."""
-        if state == "failed" and not self._has_begun() and self._directory.status_file.exists():
-            return  # it is the earlier start's, and still true
         if self._attendance.speaks:
             with suppress(UserError):
+                if state == "failed" and not self._has_begun() and self._directory.read_state() == "finished":
+                    return  # still true: this start has changed nothing
                 self._directory.write_status(state, step, self._config.run.steps, message)
 
 

@@ -144,6 +144,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
         stop_request=stop,
         phases=phases,
     )
+    stack.callback(trainer.close)  # after `ending` has noted an error: other ranks may fail because of it
     # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()

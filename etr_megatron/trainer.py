@@ -100,8 +100,6 @@ class Trainer:
         - RefusedError: the engine rejects a request as invalid.
         - UngradedError, OtherModelError: rewards or the policy's own responses are not available. Saved if a step was trained.
         - SyncError: a weight sync failed. Saved if a step was trained and all ranks are alive.
-
-        After any error it first waits for a checkpoint that is being written.
         """
         try:
             self._resume()
@@ -123,8 +121,10 @@ class Trainer:
             if self.trained and self._all_are_left():
                 self._save_what_is_trained()
             raise
-        finally:
-            self._saver.close()
+
+    def close(self) -> None:
+        """After `run`, also if it raised: wait for a checkpoint that is being written. Not a collective."""
+        self._saver.close()
 
     def _all_are_left(self) -> bool:
         """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""

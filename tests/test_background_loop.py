@@ -280,7 +280,7 @@ def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it
     environment.slow = lambda number: False
     if before == "state_dict":
         state = ours.state_dict()
-        assert len(state["pending_groups"]) == len(ours._groups) and not loops()
+        assert len(state["in_hand"]) == len(ours._groups) and not loops()
     if before == "pause":
         sync(ours, engine)
     else:
@@ -302,7 +302,7 @@ def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone)
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
     ours, taken = ended_alone(engine, environment, error)
     ours.put_back(1)
-    saved = {held["group"]["id"] for held in ours.state_dict()["pending_groups"]}
+    saved = {held["group"]["id"] for held in ours.state_dict()["in_hand"]}
     assert {group.id for group in taken.groups} <= saved
     ours.close()
 

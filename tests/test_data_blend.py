@@ -64,6 +64,13 @@ def test_a_step_that_has_all_problems_of_a_set_takes_more_of_the_others():
         one.next(1, after=ids(first) + ids(rest))
 
 
+def test_a_set_that_is_too_small_for_its_share_gives_what_it_has_in_every_step_and_claims_nothing_later():
+    one = cursor({"large": 100, "small": 3}, {"large": 1, "small": 1})
+    for _ in range(50):
+        assert [set_of(problem.id) for problem in one.next(10)] == ["large", "small"] * 3 + ["large"] * 4
+    assert Counter(map(set_of, ids(one.next(4)))) == {"large": 2, "small": 2}
+
+
 @settings(deadline=None, max_examples=40)
 @given(counts=st.lists(st.integers(1, 7), min_size=1, max_size=15), cut=st.integers(0, 15))
 def test_a_resumed_cursor_goes_on_as_if_it_had_not_stopped(counts, cut):

@@ -150,6 +150,14 @@ def test_a_nan_that_a_loss_makes_in_its_gradient_names_sample_and_rank(gangs, hf
     )
 
 
+@pytest.mark.parametrize("layout", ["parallel.cp=2", "parallel.pp=2"])
+def test_a_nan_that_travels_to_other_ranks_is_one_error_on_all_with_sample_and_rank(gangs, hf_models, layout):
+    overrides = ["objective.loss=tests.broken_loss:root_of_zero", "objective.options={rank: 1}", layout]
+    job = dict(model=hf_models["qwen3"], sequences=[([5, 6], [7, 8, 9, 10]), ([9, 10], [11, 12])], overrides=overrides)
+    of_0, of_1 = gangs(2).run("tests.policy_jobs:nan_error", **job, in_weights=False)
+    assert of_0 == of_1 and "with respect to logp is not finite" in of_1 and of_1.endswith(", on rank 1")
+
+
 def errors_of_a_batch(model: str, sequences: list) -> list[str]:
     """The errors of log-probs of the sequences and of an update with them."""
     policy, errors = build(model, ["parallel.tp=1"]), []

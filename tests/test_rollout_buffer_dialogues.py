@@ -384,7 +384,7 @@ def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_b
     assert all(one.finish_reason == "stop" and one.reward is not None for group in taken.groups for one in group.samples)
     assert "calls of environment.function failed" in caplog.text
     state = saved(buffer)
-    assert not any(one["finish_reason"] == "turn" for held in state["pending_groups"] for one in held["group"]["samples"])
+    assert not any(one["finish_reason"] == "turn" for held in state["in_hand"] for one in held["group"]["samples"])
 
 
 def test_the_reply_after_the_last_step_of_a_response_is_asked_for_and_no_further_one(without_background):

@@ -107,4 +107,4 @@ def test_prompts_of_the_last_step_begun_are_dealt_out_again_and_of_no_other():
 def test_a_state_with_groups_that_servers_had_begun_is_refused():
     sampler = sampler_of(Engine())
     with pytest.raises(UserError, match=r"holds 2 unfinished groups, .*; set rollout\.backend=sglang to resume it"):
-        sampler.load_state_dict({**sampler.state_dict(), "pending_groups": [{}, {}]})
+        sampler.load_state_dict({**sampler.state_dict(), "in_hand": [{}, {}]})

@@ -39,7 +39,7 @@ def test_without_staleness_a_step_takes_the_next_prompts_and_nothing_is_left_pen
         assert names(taken) == [f"p{number}" for number in range(first, first + 4)] and taken.counts == {}
         assert taken.groups[0].id == f"p{first}@{step}"
         assert_whole(taken)
-        assert buffer.state_dict()["pending_groups"] == []
+        assert buffer.state_dict()["in_hand"] == []
         sync(buffer, engine)
     assert engine.asked == 16
 

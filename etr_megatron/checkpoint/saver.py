@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 LEAST_CLOSE_S = 60.0
 """Seconds that a save may take at least after the run has failed."""
 
+OTHERS_S = 10.0
+"""Seconds in which the failure of a save on one rank reaches the others' threads. One that waits longer for its disk hangs."""
+
 _COMPLETE, _RUNNING, _FAILED = range(3)  # the highest of all ranks tells what to do
 
 
@@ -36,7 +39,7 @@ class Saver:
         saver.finish()                                  # returns when the checkpoint is complete
 
     At most one save is pending. Errors are those of `checkpoint.save`, or TimeoutError and ConnectionError, which name a rank
-    that has not written. They are raised on all ranks by the same call.
+    that has not written. `check` raises on all ranks if a save has failed on one.
     """
 
     def __init__(self, config: Config, phases: Phases) -> None:
@@ -61,20 +64,24 @@ class Saver:
         if self._pending is None:
             return
         state = self._phases.highest(self._pending.state)
-        if state != _RUNNING:
+        if state == _RUNNING:
+            return
+        if state == _FAILED and not self._pending.over.wait(OTHERS_S):
+            self._pending = None  # this rank's disk hangs, and so would `close`
+        else:
             self._end_of_pending()
         if state == _FAILED:
-            raise RuntimeError("another rank has not completed the checkpoint")
+            raise RuntimeError("a rank has not completed the checkpoint, see the other ranks' errors")
 
     def finish(self, *, only_warn: bool = False) -> None:
-        """Wait for the pending save, if there is one. only_warn: log a UserError instead of raising it."""
+        """Wait for the pending save, if there is one. only_warn: if it could not be written, log that instead of raising it."""
         if self._pending is None:
             return
         with self._stops():
             self._pending.over.wait()
         try:
             self._end_of_pending()
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # not those that name a lost rank
             if not only_warn:
                 raise
             logger.warning("%s", error)

@@ -18,9 +18,9 @@ class BlendedCursor:
         cursor = BlendedCursor(problems, {"gsm8k": 1, "math": 3}, seed=1, shuffle=True)
         step = cursor.next(16)                    # 4 of gsm8k, 12 of math
 
-    The next problem is always from the set that is furthest behind its share of all problems so far, so every few problems
-    have the shares, as do minibatches. A step may ask for as many problems as there are: when it has all problems of a set, the
-    other sets give more.
+    The next problem is always from the set that is furthest behind its share, so every few problems have the shares, as do
+    minibatches. A step has no problem twice: when it has all problems of a set, the other sets give the rest, which this set
+    does not make up for later.
     """
 
     def __init__(self, problems: ProblemSet, weights: Mapping[str, float], *, seed: int, shuffle: bool) -> None:
@@ -31,7 +31,7 @@ class BlendedCursor:
         self._size = len(problems)
         self._shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self._cursors = {name: PromptCursor(ProblemSet(own), seed, shuffle) for name, own in sets.items()}
-        self._dealt = dict.fromkeys(weights, 0)
+        self._owed = dict.fromkeys(weights, 0.0)  # the problems by which a set is behind its share
 
     def __len__(self) -> int:
         """Number of problems of all sets, the most that a step can ask for."""
@@ -54,18 +54,20 @@ class BlendedCursor:
         return [next(dealt[name]) for name in chosen]
 
     def _choose(self, had: Counter[str]) -> str:
-        """The set of the next problem, which is then counted. had: number of problems of each set in the same step."""
+        """The set of the next problem, which then counts. had: number of problems of each set in the same step (in place)."""
         left = [name for name, cursor in self._cursors.items() if had[name] < len(cursor)]
-        so_far = 1 + sum(self._dealt.values())
-        name = max(left, key=lambda name: self._shares[name] * so_far - self._dealt[name])
-        self._dealt[name] += 1
+        shares = sum(self._shares[name] for name in left)
+        for name in left:
+            self._owed[name] += self._shares[name] / shares
+        name = max(left, key=lambda name: self._owed[name])
+        self._owed[name] -= 1
         had[name] += 1
         return name
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
         sets = {name: cursor.state_dict() for name, cursor in self._cursors.items()}
-        return {"sets": sets, "shares": self._shares, "dealt": dict(self._dealt)}
+        return {"sets": sets, "shares": self._shares, "owed": dict(self._owed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken. Weights may differ: shares then count from here on.
@@ -87,7 +89,7 @@ class BlendedCursor:
             for name, cursor in self._cursors.items():
                 cursor.load_state_dict(before[name])
             raise
-        self._dealt = dict(state["dealt"]) if state["shares"] == self._shares else dict.fromkeys(self._shares, 0)
+        self._owed = dict(state["owed"]) if state["shares"] == self._shares else dict.fromkeys(self._shares, 0.0)
 
 
 AnyCursor = PromptCursor | BlendedCursor

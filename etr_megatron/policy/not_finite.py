@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from etr_megatron import platform
 from etr_megatron.errors import UserError
 from etr_megatron.objective import LossInputs
 from etr_megatron.policy.batch import PolicyBatch
@@ -51,8 +52,8 @@ class RowWatch:
 
     def refuse(self) -> None:
         """Raise the error of what is not finite: first an input, then a gradient, then the loss."""
-        named = self._inputs
-        broken = ~torch.isfinite(torch.stack([*named.values()]))
+        named = self._inputs  # empty if the microbatch was not completed
+        broken = ~torch.isfinite(torch.stack([*named.values()])) if named else torch.zeros(1, 0, dtype=torch.bool)
         if bool(broken.any()):
             # In row order: the first bad token with its first bad input is more informative than the first bad input.
             row, number = broken.T.nonzero()[0].tolist()
@@ -76,6 +77,13 @@ class RowWatch:
         if mask := self._batch.sequences[sample].loss_mask:  # from the position among drawn tokens to that in the response
             position = [place for place, is_drawn in enumerate(mask) if is_drawn][position]
         return f"position {position} in the response of sample {self._batch.names[sample]}, on rank {self._rank}"
+
+
+def any_not_finite(watches: Sequence[RowWatch]) -> Tensor:
+    """int32 scalar on the rank's device: 1 if one of the watches has seen NaN or infinity. Reads nothing from the device."""
+    if not watches:
+        return torch.zeros((), dtype=torch.int32, device=platform.device())
+    return torch.stack([one.marks() for one in watches]).any().int()
 
 
 def refuse_not_finite(watches: Sequence[RowWatch]) -> None:

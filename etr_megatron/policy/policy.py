@@ -243,7 +243,7 @@ class Policy:
 
     def _finalize_gradients(self, loss: StepLoss, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Megatron's gradient reductions without the division by the token count: the loss already has our denominator. Called
-        after the last pass; raises the loss's error for NaN, since Megatron's would name no token."""
+        on every rank after its last pass."""
         loss.refuse_not_finite()
         self.adapters.sum_gradients(model)
         finalize_model_grads(model, None, **options)

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from etr_megatron.config import ObjectiveConfig
 from etr_megatron.objective import DiagnosticSums, LossInputs, LossOutputs, PolicyLoss, diagnostic_sums, read_sums
+from etr_megatron.platform.together import together
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import summed
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
-from etr_megatron.policy.not_finite import RowWatch, refuse_not_finite
+from etr_megatron.policy.not_finite import RowWatch, any_not_finite, refuse_not_finite
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
@@ -29,8 +31,9 @@ options."""
 class StepLoss:
     """Computes each microbatch's loss on the last pipeline stage, where `run_schedule` calls it.
 
-    Between the passes nothing is copied to or read from the device: a host that waits for the device cannot launch the next
-    pass. Inputs are therefore on the device before the first pass, and NaN, losses and diagnostics are read after the last.
+    It copies nothing to the device between the passes, and reads nothing from it: a host that waits for the device cannot
+    launch the next pass. Inputs are on the device before the first pass, and NaN, losses and diagnostics are read after the
+    last.
     """
 
     def __init__(
@@ -85,17 +88,25 @@ class StepLoss:
         return loss, tokens, (loss.detach(), sums)
 
     def refuse_not_finite(self) -> None:
-        """Raise the errors of `not_finite.refuse_not_finite` for the microbatches so far. Not a collective."""
-        refuse_not_finite(self._watches)
+        """Raise the errors of `not_finite.refuse_not_finite` on every rank if there is one on any. A collective.
+
+        NaN travels from the rank of a bad token to others, backwards through the pipeline and between context-parallel ranks.
+        There it would be an error of Megatron, which names no token.
+        """
+        is_broken = any_not_finite(self._watches)
+        dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
+        if is_broken.item():
+            together(lambda: refuse_not_finite(self._watches))
 
     @contextmanager
     def named_first(self) -> Iterator[None]:
-        """Context for all passes: if Megatron finds a gradient that is not finite, raise the error of the token that caused it
-        instead, if there is one."""
+        """Context for all passes: if Megatron finds a gradient that is not finite, raise this rank's error of the token that
+        caused it instead, if there is one. With `train.overlap_grad_reduce` Megatron looks before the last pass has ended."""
         try:
             yield
-        except RuntimeError:
-            self.refuse_not_finite()
+        except RuntimeError as error:
+            if "local grad norm" in str(error):
+                refuse_not_finite(self._watches)
             raise
 
     @staticmethod

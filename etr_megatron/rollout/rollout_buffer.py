@@ -143,12 +143,12 @@ class RolloutBuffer:
         with self._background.held():
             groups = self._groups
             if self._dialogues is not None and self._dialogues.is_broken(self, _complete(groups)):
-                # The next step will end the run because of these failures. A checkpoint saved before it must not hold them.
+                # These failures may end the run in the next step. A checkpoint saved before it must not hold them.
                 groups = deepcopy(groups)
                 _forget_failures(groups)
             packed, tensors = pack(groups)
             return {
-                "pending_groups": packed,
+                "in_hand": packed,
                 "tensors": tensors,
                 "asked_for": self._asked_for,
                 "asked_ids": self._asked_ids[:],
@@ -160,7 +160,7 @@ class RolloutBuffer:
 
         Raises UserError if responses wait for a reply, and no environment is configured.
         """
-        self._groups = unpack(state.get("pending_groups", []), state.get("tensors", {}))
+        self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
         waits = sum(sample.finish_reason == "turn" for held in self._groups for sample in held.group.samples)
         if waits and self._dialogues is None:
             raise UserError(

@@ -169,9 +169,9 @@ class RoundSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Sampler.load_state_dict`. Raises UserError for a state with pending groups, which only servers can complete."""
-        if state.get("pending_groups"):
+        if state.get("in_hand"):
             raise UserError(
-                f"the checkpoint holds {len(state['pending_groups'])} unfinished groups, which only servers can complete; set "
+                f"the checkpoint holds {len(state['in_hand'])} unfinished groups, which only servers can complete; set "
                 "rollout.backend=sglang to resume it"
             )
         self._cursor.load_state_dict(state["cursor"])

@@ -16,7 +16,8 @@ class DataConfig:
     an epoch has every problem of each set once."""
     train_weights: dict[str, float] = field(default_factory=dict)
     """Shares of the prompts by training set, such as `{gsm8k: 1, math: 3}`; only their ratios count. Each set then has its own
-    epochs, and a small set repeats more often. Without weights, the problems of all sets are one collection."""
+    epochs, and a small set repeats more often, but no problem comes twice in a step. Without weights, the problems of all sets
+    are one collection."""
     train_split: str = "train"
     """Split of hub datasets in `train` that are given without `@split`."""
     eval: dict[str, str] | str | None = "arithmetic"
