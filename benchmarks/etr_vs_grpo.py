@@ -169,7 +169,8 @@ def _run(options: Options) -> None:
     """Make the shared warm start, then start missing runs; prints how each run ended, and why if it failed."""
     from etr_megatron.data import build_tiny_policy  # imports torch: only after the arguments are checked
 
-    experiment = Experiment(options.runs_dir, options.steps, OVERRIDES + options.overrides)
+    settings = {one.partition("=")[0]: one for one in OVERRIDES + options.overrides}  # the user's replace ours
+    experiment = Experiment(options.runs_dir, options.steps, tuple(settings.values()))
     for preset in options.presets:
         config = experiment.config(Run(preset, options.seeds[0]))
     if config.data.eval is None or not config.eval.every:

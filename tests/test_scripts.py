@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_run_is_refused_through_bash(
 
 def test_help_through_bash(is_set_up: None) -> None:
     done = run(["bash", str(RUN), "--help"])
-    usage = "usage: bash examples/run_etr.sh [--nproc N] [--rollout-only | --dry-run] [CONFIG]"
+    usage = "usage: bash examples/run_etr.sh [--nproc N] [--rollout-only | --dry-run] [[--config] CONFIG]"
     assert done.returncode == 0 and done.stdout.startswith(usage)
 
 
