@@ -137,7 +137,7 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "sglang", {"dp_attention": sglang.tp}
     if not plan.server_fits and sglang.dp_attention > 1:
         yield "sglang", {"dp_attention": 1}
-    if not plan.server_fits:
+    if not plan.server_holds_sample:
         yield from (("sglang", changes) for changes in _larger_servers(plan))
 
 

@@ -111,6 +111,11 @@ class ServerMemory:
         return max(0, self.pool - self.weights) // self.token
 
     @property
+    def peak(self) -> int:
+        """Bytes that the server needs of its GPU, with its process."""
+        return self.pool + self.graphs + PROCESS
+
+    @property
     def cache_tokens(self) -> int:
         """Tokens that all of the server's KV caches hold."""
         return self.caches * self.tokens_of_a_cache
