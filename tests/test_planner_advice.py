@@ -118,6 +118,7 @@ def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> No
 def test_fields_of_megatron_that_a_suggestion_rules_out_are_dropped_in_it() -> None:
     fields = "recompute_granularity: selective, recompute_modules: [mlp], bucket_size: 5000000, bias_dropout_fusion: false"
     train = ["train.overlap_grad_reduce=true", "train.recompute=none", f"train.megatron={{{fields}}}"]
+    train += ["fp8.recipe=blockwise", "fp8.param=true"]
     given = load_config(QWEN_32B, [*FEW, *train])
     kept, left = given.train.megatron, {"bias_dropout_fusion": False}
     recomputed, adapters = next(_changes(make_plan(given, 32), given)), _with_adapters(given)

@@ -81,8 +81,9 @@ def _with_adapters(config: Config) -> tuple[str, Config]:
     reset = [f"train.{key}" for key in train]
     train |= _without_fields(config, [name for name, field in FIELDS.items() if field.with_key in reset])
     lora = replace(config.lora, rank=ADAPTERS_RANK)
-    setting = f"lora.rank={ADAPTERS_RANK} {_overrides('train', train)}".rstrip()
-    return setting, replace(config, lora=lora, train=replace(config.train, **train))
+    fp8: dict[str, Any] = {"param": False} if config.fp8.param else {}
+    texts = [f"lora.rank={ADAPTERS_RANK}", *filter(None, (_overrides("train", train), _overrides("fp8", fp8)))]
+    return " ".join(texts), replace(config, lora=lora, train=replace(config.train, **train), fp8=replace(config.fp8, **fp8))
 
 
 def _without_fields(config: Config, names: Collection[str]) -> dict[str, Any]:
