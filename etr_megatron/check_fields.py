@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config
-from etr_megatron.config.megatron_fields import FIELDS
+from etr_megatron.config.megatron_fields import FIELDS, KEY
 from etr_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
 
+_EXPERTS = ("moe", "moe_act", "shared_experts")
+"""Parts of experts in `recompute_modules`."""
+
 
 def check_fields_without_experts(model: str, config: Config) -> None:
     """Refuse fields that have no effect on a model without experts."""
-    if names := [name for name in config.train.megatron if FIELDS[name].experts]:
-        raise UserError(f"{model} has no experts, so {_key(names[0])} has no effect; remove it")
+    _refuse(f"{model} has no experts", config, [name for name in FIELDS if FIELDS[name].experts], _EXPERTS)
+
+
+def check_fields_without_shared_expert(model: str, config: Config) -> None:
+    """Refuse fields that have no effect on a model without a shared expert."""
+    _refuse(f"{model} has no shared expert", config, ["moe_shared_expert_overlap"], ["shared_experts"])
+
+
+def _refuse(reason: str, config: Config, names: Collection[str], modules: Collection[str]) -> None:
+    """Raise UserError for one of the fields `names`, or one of `modules` to recompute."""
+    for name, value in config.train.megatron.items():
+        if name in names:
+            raise UserError(f"{reason}, so {KEY}.{name} has no effect; remove it")
+        if isinstance(value, tuple) and (found := [one for one in value if one in modules]):
+            raise UserError(f"{reason}, so {found[0]} in {KEY}.{name} has no effect; remove it there")
 
 
 def check_dispatcher(model: str, experts: Experts, config: Config) -> None:
@@ -28,12 +45,12 @@ def check_dispatcher(model: str, experts: Experts, config: Config) -> None:
         return
     if parallel.ep * int(parallel.tp if parallel.etp is None else parallel.etp) == 1:
         raise UserError(
-            f"{_key('moe_token_dispatcher_type')}=flex sends tokens between ranks, but every rank has all experts of {model}; "
+            f"{KEY}.moe_token_dispatcher_type=flex sends tokens between ranks, but every rank has all experts of {model}; "
             "set parallel.ep above 1, or remove the field"
         )
     if experts.score_function != "sigmoid" and not config.train.moe_router_fp32:
         raise UserError(
-            f"{_key('moe_token_dispatcher_type')}=flex needs routing weights in float32; set train.moe_router_fp32 to true"
+            f"{KEY}.moe_token_dispatcher_type=flex needs routing weights in float32; set train.moe_router_fp32 to true"
         )
 
 
@@ -78,14 +95,11 @@ def _check_machine(config: Config) -> None:
         return
     if fields.get("moe_token_dispatcher_type") == "flex" and importlib.util.find_spec("deep_ep") is None:
         raise UserError(
-            f"{_key('moe_token_dispatcher_type')}=flex needs the package deep_ep, which is not installed; see "
+            f"{KEY}.moe_token_dispatcher_type=flex needs the package deep_ep, which is not installed; see "
             "https://github.com/deepseek-ai/DeepEP, or remove the field"
         )
     if fields.get("deterministic_mode") is True and os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") != "0":
         raise UserError(
-            f"{_key('deterministic_mode')}=true needs the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 on every node"
+            f"{KEY}.deterministic_mode=true needs the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 on every node "
+            "with ranks"
         )
-
-
-def _key(name: str) -> str:
-    return f"train.megatron.{name}"

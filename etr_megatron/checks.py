@@ -11,7 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.check_fields import check_dispatcher, check_fields, check_fields_without_experts
+from etr_megatron.check_fields import (
+    check_dispatcher,
+    check_fields,
+    check_fields_without_experts,
+    check_fields_without_shared_expert,
+)
 from etr_megatron.check_functions import check_functions
 from etr_megatron.config import (
     Config,
@@ -55,11 +60,12 @@ def check_server_node(config: Config, world_size: int) -> None:
     The run directory is not checked, because the run may be in progress when a server node restarts. world_size: number of
     training ranks.
     """
-    refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
+    refuse_all(lambda: check_model(config, world_size, trains=False), lambda: check_servers(config))
 
 
-def check_model(config: Config, world_size: int) -> None:
-    """Check that the checkpoint is complete, of a supported architecture, and fits the parallel layout."""
+def check_model(config: Config, world_size: int, *, trains: bool = True) -> None:
+    """Check that the checkpoint is complete, of a supported architecture, and fits the parallel layout. trains: whether this
+    node has ranks, which need what `train.megatron` asks of a machine."""
     name = config.model.path
     tp = tensor_parallel(config.parallel, world_size)
     if name == "tiny":
@@ -72,14 +78,16 @@ def check_model(config: Config, world_size: int) -> None:
             from etr_megatron.weights import tiny_architecture
 
             check_adapters(tiny_architecture(tiny), config)
-            check_fields(tiny_architecture(tiny), config)
+            if trains:
+                check_fields(tiny_architecture(tiny), config)
         return
     architecture = check_description(config)
     from etr_megatron.weights import check_checkpoint
 
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
-    check_fields(architecture, config)
+    if trains:
+        check_fields(architecture, config)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         try:
             check_served(model, architecture, config.sglang)
@@ -251,6 +259,8 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
 def check_routing(model: str, experts: Experts, config: Config) -> None:
     """Refuse options of the routers that do not fit the model's experts."""
     check_dispatcher(model, experts, config)
+    if not experts.shared_size:
+        check_fields_without_shared_expert(model, config)
     if config.train.routing_replay and experts.count > MOST_REPLAYED:
         raise UserError(
             f"{model} has {experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay supports; set it to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentTypeError
+from itertools import combinations
 from pathlib import Path
 
 from etr_megatron.errors import UserError
@@ -66,7 +67,8 @@ def parse_args(argv: list[str], usage: str = USAGE) -> tuple[Path, list[str]]:
 
 
 def last_of_each(overrides: list[str]) -> list[str]:
-    """The overrides that count, in order: the last of each key. Prints a note for a key that is given with different values.
+    """The overrides that count, in order: the last of each key. Prints a note for a key that is given with different values,
+    and for an entry of a mapping that is given as a whole after it.
 
     The example scripts append an override to those of the user, so a repeated key is no mistake.
     """
@@ -77,6 +79,9 @@ def last_of_each(overrides: list[str]) -> list[str]:
     for key, given in values.items():
         if len(set(given)) > 1:
             print(f"note: {key} is given {len(given)} times on the command line; the last counts: {given[-1]}", file=sys.stderr)
+    for replaced, mapping in combinations(values, 2):
+        if replaced.startswith(f"{mapping}."):
+            print(f"note: {replaced} on the command line has no effect: {values[mapping][-1]} comes after it", file=sys.stderr)
     return [given[-1] for given in values.values()]
 
 

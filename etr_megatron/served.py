@@ -99,6 +99,7 @@ def _check_fp8_blocks(architecture: Architecture, sglang: SglangConfig) -> None:
                 if not _is_whole_blocks(piece.size[may_end:]):
                     shape = " x ".join(map(str, piece.size))
                     way_out = "lower sglang.tp, or raise sglang.ep for experts"
+                    way_out += " or sglang.dp_attention for attention" if sglang.dp_attention > 1 else ""
                     if not _is_whole_blocks(weight.shapes[piece.hf]):
                         way_out = "no sglang.tp gives such; set sglang.fp8 to false"
                     raise UserError(

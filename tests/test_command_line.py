@@ -46,9 +46,12 @@ def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> 
     assert part in str(caught.value)
 
 
-def test_of_overrides_the_order_of_the_last_ones_is_kept() -> None:
+def test_of_overrides_the_order_of_the_last_ones_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """A mapping replaces entries that were given before it, and not those after it."""
     assert last_of_each(["m.a=1", "x=1", "m={b: 2}", "m.a=3", "x=1"]) == ["m={b: 2}", "m.a=3", "x=1"]
+    assert "no effect" not in capsys.readouterr().err
+    last_of_each(["s.m.a=1", "s.m={b: 2}", "s.m.b=3", "s.max=4"])
+    assert capsys.readouterr().err == "note: s.m.a on the command line has no effect: s.m={b: 2} comes after it\n"
 
 
 def test_the_launchers_usage_has_all_of_its_options_wherever_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from etr_megatron import check_fields, launch
-from etr_megatron.checks import check_architecture, check_model
+from etr_megatron.checks import check_architecture, check_model, check_server_node
 from etr_megatron.config import Config, InvalidConfigError, dump_yaml, load_config, resolve, validate
 from etr_megatron.config.megatron_fields import FIELDS, GOVERNED, REFUSED
 from etr_megatron.errors import UserError
@@ -157,6 +157,7 @@ def refused(*overrides: str) -> list[str]:
         ("moe_token_dispatcher_type=allgather", 'must be one of "alltoall", "flex"'),
         ("recompute_modules=[mlp]", "has no effect without train.megatron.recompute_granularity=selective; set that as well"),
         ("cpu_offloading_num_layers=2", "has no effect without train.megatron.cpu_offloading=true; set that as well"),
+        ("cpu_offloading=true", "moves nothing without train.megatron.cpu_offloading_num_layers; set that as well"),
         ("bucket_size=1000", "train.overlap_grad_reduce = false (default): needs train.overlap_grad_reduce; set that to true"),
     ],
 )
@@ -188,6 +189,11 @@ def test_what_contradicts_another_key_is_refused():
     assert "parallel.vpp = 2 (command line): with several chunks per stage, Megatron frees outputs that it is still" in problem
     (problem,) = refused("moe_router_fusion=true", "train.routing_replay=true", "rollout.backend=sglang")
     assert "Megatron's fused router cannot be told which experts to choose" in problem
+    overlapped = ["train.overlap_grad_reduce=true", "train.distributed_optimizer=true", "model.dtype=bfloat16"]
+    sums = ["reduce_scatter_with_fp32_accumulation=true", *overlapped, "fp8.recipe=blockwise"]
+    (problem,) = refused(*sums, "fp8.param=true")
+    assert "fp8.param = true (command line), train.overlap_grad_reduce = true (command line): Megatron reduces" in problem
+    load_config(None, [f"train.megatron.{sums[0]}", *sums[1:]])
 
 
 @pytest.mark.parametrize(
@@ -275,10 +281,28 @@ def test_an_assertion_without_a_text_is_told_by_its_line():
         raise AssertionError
 
 
-def test_fields_for_experts_are_refused_without_experts(hf_models):
-    config = configured(hf_models["qwen3"], "train.megatron.moe_permute_fusion=true", "parallel.tp=1")
-    with pytest.raises(UserError, match=r"m has no experts, so train\.megatron\.moe_permute_fusion has no effect; remove it"):
-        check_architecture("m", read_architecture(hf_models["qwen3"]), config, 1)
+@pytest.mark.parametrize(
+    ("model", "field", "sentence"),
+    [
+        ("qwen3", "moe_permute_fusion=true", "m has no experts, so train.megatron.moe_permute_fusion has no effect; remove it"),
+        ("qwen3", parts("mlp", "moe"), "m has no experts, so moe in train.megatron.recompute_modules has no effect; remove it"),
+        (
+            "qwen3_moe",
+            "moe_shared_expert_overlap=true",
+            "m has no shared expert, so train.megatron.moe_shared_expert_overlap",
+        ),
+        ("qwen3_moe", parts("moe", "shared_experts"), "m has no shared expert, so shared_experts in train.megatron.recompute_"),
+        ("deepseek_v3", parts("moe", "shared_experts"), None),
+    ],
+)
+def test_fields_for_experts_are_refused_without_experts(hf_models, model, field, sentence):
+    config = configured(hf_models[model], f"train.megatron{'=' if field[0] == '{' else '.'}{field}", "parallel.tp=1")
+    if sentence is None:
+        check_architecture("m", read_architecture(hf_models[model]), config, 1)
+        return
+    with pytest.raises(UserError) as caught:
+        check_architecture("m", read_architecture(hf_models[model]), config, 1)
+    assert sentence in str(caught.value)
 
 
 FLEX = "train.megatron.moe_token_dispatcher_type=flex"
@@ -310,9 +334,10 @@ def test_what_a_machine_lacks_for_a_field_is_said_before_anything_starts(hf_mode
     with pytest.raises(UserError, match="flex needs the package deep_ep, which is not installed"):
         check_fields.check_fields(arch, config)
     monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
-    config = configured(hf_models["qwen3_moe"], "train.megatron.deterministic_mode=true", "parallel.tp=1")
+    config = configured("tiny", "train.megatron.deterministic_mode=true", "parallel.tp=1")
     with pytest.raises(UserError, match="needs the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 on every node"):
-        check_fields.check_fields(arch, config)
+        check_model(config, 1)
+    check_server_node(config, 1)  # which has no ranks
 
 
 def test_fields_reach_the_config_of_megatron_that_has_them():

@@ -6,7 +6,7 @@ import pytest
 
 from etr_megatron.config import load_config, validate
 from etr_megatron.planner import make_plan, render, suggestions
-from etr_megatron.planner.advice import _changes
+from etr_megatron.planner.advice import _changes, _with_adapters
 from etr_megatron.planner.architecture import MODELS
 
 QWEN_32B = MODELS.parent / "qwen3_32b_32gpu.yaml"
@@ -113,3 +113,17 @@ def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> No
     assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 8))]
     apart = load_config(QWEN_32B.with_name("qwen3_32b_64gpu_async.yaml"), [])
     assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(apart, make_plan(apart, 64))]
+
+
+def test_fields_of_megatron_that_a_suggestion_rules_out_are_dropped_in_it() -> None:
+    fields = "recompute_granularity: selective, recompute_modules: [mlp], bucket_size: 5000000, bias_dropout_fusion: false"
+    train = ["train.overlap_grad_reduce=true", "train.recompute=none", f"train.megatron={{{fields}}}"]
+    train += ["fp8.recipe=blockwise", "fp8.param=true"]
+    given = load_config(QWEN_32B, [*FEW, *train])
+    kept, left = given.train.megatron, {"bias_dropout_fusion": False}
+    recomputed, adapters = next(_changes(make_plan(given, 32), given)), _with_adapters(given)
+    for (setting, changed), wanted in (
+        (recomputed, left | {"bucket_size": 5000000}),
+        (adapters, {name: value for name, value in kept.items() if name != "bucket_size"}),
+    ):
+        assert load_config(QWEN_32B, [*FEW, *train, *setting.split()]) == changed and changed.train.megatron == wanted

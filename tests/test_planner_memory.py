@@ -175,6 +175,9 @@ def test_a_server_with_attention_in_parallel_has_a_cache_on_every_gpu_and_all_of
     copies = 47 * 20 * (192 + 256) * 512
     assert four.parameters - one.parameters == (attention + 154880 * 2048) * 3 // 4  # and the input embedding
     assert four.weights - one.weights == 2 * (four.parameters - one.parameters + copies * 3 // 4)
+    experts = 46 * 64 * 3 * 2048 * 1536 // 4
+    fp8 = make_plan(load_config(path, ["sglang.dp_attention=4", "sglang.fp8=true"]), 16).server
+    assert (four.experts, one.experts, fp8.experts) == (2 * experts, 2 * experts, experts + 4 * experts // 128**2)
     assert four.token == one.token and one.cache_tokens == (one.pool - one.weights) // one.token
     assert four.cache_tokens == 4 * ((four.pool - four.weights) // four.token) > 3 * one.cache_tokens
     assert parallel.cache_samples == 4 * ((four.pool - four.weights) // four.token // parallel.work.longest)

@@ -140,3 +140,15 @@ def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:
     assert plan.as_dict()["time"] is None
     with pytest.raises(UserError, match=r"on 1024: a server's weights take 15\.3 of a pool of 12\.0 GiB"):
         fewest_gpus(config)
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [("0.65", True), ("0.75", False), ("null", True)])
+def test_the_graphs_of_servers_on_gpus_of_their_own_count_beside_a_pool_that_is_given(fraction: str, fits: bool) -> None:
+    """20.5 GiB of graphs and 1.5 of a process leave 54 of 76 usable GiB, two thirds of the GPU."""
+    apart = ["sglang.placement=dedicated", "sglang.nodes=first", "sglang.dedicated_nodes=1", "sglang.sync=broadcast"]
+    servers = ["sglang.servers=1", "sglang.tp=8", "sglang.dp_attention=8", f"sglang.mem_fraction={fraction}"]
+    few = ["rollout.prompts_per_step=4", "train.offload_for_rollout=false"]
+    plan = make_plan(load_config(FLASH, [*apart, *servers, *few]), 24)
+    assert plan.server_fits == fits and plan.as_dict()["time"] is not None
+    told = "\nservers DO NOT FIT: pool of 60.0 and CUDA graphs of 20.5 GiB, with its process, take 82.0 of 76.0 usable GiB; "
+    assert (told in render(plan)) != fits

@@ -16,9 +16,10 @@ from etr_megatron.flops import active_parameters, body_flops, head_flops
 from etr_megatron.planner import GPUS, H100, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
-from etr_megatron.planner.decode import expert_share, generation_seconds, response_lengths
+from etr_megatron.planner.decode import generation_seconds, response_lengths
+from etr_megatron.planner.parameters import parameters_by_rank
 from etr_megatron.planner.speed import sync_seconds
-from etr_megatron.weights import read_architecture, weights_of
+from etr_megatron.weights import ServerLayout, read_architecture, weights_of
 from tests.published_runs import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
 
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, vocab_size=131)
@@ -72,7 +73,8 @@ def test_a_shared_expert_works_on_every_token_and_is_read_whatever_the_batch() -
     assert active_parameters(arch) / 1e9 == pytest.approx(12, abs=0.5)  # what its card calls active
     without = replace(arch, experts=replace(arch.experts, shared_size=0))
     assert active_parameters(arch) - active_parameters(without) == 45 * 3 * 4096 * 1408
-    assert expert_share(arch) == pytest.approx(45 * 128 * 3 * 4096 * 1408 / 106_852_251_264, rel=1e-4)
+    (held,) = parameters_by_rank(arch, ServerLayout())
+    assert (held.total, held.expert) == (106_852_251_264, 45 * 128 * 3 * 4096 * 1408)
 
 
 def seconds(lengths: list[float], **changes: object) -> float:
@@ -91,6 +93,7 @@ def test_one_sequence_takes_the_time_of_reading_the_weights() -> None:
 def test_a_step_of_a_mixture_reads_what_is_no_expert_whatever_the_batch() -> None:
     arch = read_architecture(MODELS / "Qwen3-30B-A3B")
     both = dict(prompt=0.0, concurrency=64, cache_tokens=None, tp=1, weight_bytes=61 * 10**9, token_bytes=0, gpu=H100)
+    both["expert_bytes"] = 61 * 10**9 * 48 * 128 * 3 * 2048 * 768 // 30_530_000_000
     one, many = (generation_seconds(arch, lengths=np.full(batch, 160.0), **both) / 160 for batch in (1, 64))
     rate = 3.35e12 * H100.decode_memory_efficiency
     chosen = 48 * 8 * 3 * 2048 * 768 / 30.53e9

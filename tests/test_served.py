@@ -110,6 +110,8 @@ def test_fp8_servers_hold_latents_that_end_within_a_block_but_no_head_that_does(
         else:
             check_served("m", arch, SglangConfig(tp=tp, fp8=True))
         check_served("m", arch, SglangConfig(tp=tp, dp_attention=tp, fp8=True))  # heads are not split
+    with pytest.raises(UserError, match=r"; lower sglang\.tp, or raise .* or sglang\.dp_attention for attention$"):
+        check_served("m", replace(FLASH, intermediate_size=1536), SglangConfig(tp=12, dp_attention=3, fp8=True))
     narrow = replace(arch, latent=replace(arch.latent, q_rank=700))
     with pytest.raises(UserError, match=re.escape("q_a_proj.weight is split into parts of 700 x ")):
         check_served("m", narrow, SglangConfig(fp8=True))

@@ -146,8 +146,14 @@ def test_servers_that_are_replicas_are_refused_unless_only_their_attention_is(hf
     problem = expected(hf_models, tp=2).misfit(server, {})
     assert problem is not None and problem.startswith("its dp_size is 3 without --enable-dp-attention, so SGLang allows no")
     assert expected(hf_models, tp=2, sync="disk").misfit(server, {}) is None
-    for fine in ({"enable_dp_attention": True}, {"dp_size": 1}):
-        assert expected(hf_models, tp=2).misfit(server | fine, {}) is None
+    assert expected(hf_models, tp=2).misfit(server | {"dp_size": 1}, {}) is None
+
+
+def test_groups_of_attention_are_counted_where_the_sync_depends_on_them(hf_models):
+    server = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
+    for groups, problem in ((1, "its dp_size is 2, but sglang.dp_attention is 1"), (2, None)):
+        assert expected(hf_models, tp=4, dp_attention=groups).misfit(server, {}) == problem
+    assert expected(hf_models, tp=4, sync="disk").misfit(server, {}) is None
 
 
 def test_another_dtype_is_worth_a_word_and_no_refusal(hf_models):

@@ -12,6 +12,7 @@ import yaml
 
 from etr_megatron.config.coerce import Mismatch, coerce, plain_text
 from etr_megatron.config.invalid import InvalidConfigError
+from etr_megatron.config.megatron_fields import FIELDS, KEY
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
 
@@ -61,6 +62,11 @@ class _Setting:
     def hint(self) -> Any:
         hint = SECTIONS[self.section][self.name]
         return hint if self.entry is None else get_args(hint)[1]
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether every value of a key of this type is a mapping, so that an override can set one entry."""
+    return get_origin(hint) is dict
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -154,8 +160,7 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
 def _mapping_and_entry(section: str, name: str) -> tuple[str, str | None]:
     """`options.margin` as (options, margin) if that key is always a mapping; else (name, None)."""
     mapping, dot, entry = name.partition(".")
-    is_entry = dot and get_origin(SECTIONS.get(section, {}).get(mapping)) is dict
-    return (mapping, entry) if is_entry else (name, None)
+    return (mapping, entry) if dot and is_mapping(SECTIONS.get(section, {}).get(mapping)) else (name, None)
 
 
 def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
@@ -224,14 +229,20 @@ def _known(section: str, name: str, source: str, problems: _Problems) -> bool:
         problems.tell(f"{section}.{name} ({source}): unknown section {section}{hint}", keys)
         return False
     if name not in SECTIONS[section]:
-        keys, hint = _nearest(name, section)
+        mapping, dot, entry = name.partition(".")
+        if dot and any(map(is_mapping, get_args(SECTIONS[section].get(mapping)))):
+            whole = f"{section}.{mapping}"
+            problems.tell(f"{section}.{name} ({source}): give the whole mapping, as {whole}={{{entry}: value}}", [whole])
+            return False
+        keys, hint = _nearest(mapping, section)
         problems.tell(f"{section}.{name} ({source}): unknown key{hint}", keys)
         return False
     return True
 
 
 def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
-    """The key that the user may have meant: one of that name in any section, else the nearest here, else the nearest anywhere.
+    """The key that the user may have meant: one of that name in any section, a field of Megatron of that name, else the nearest
+    here, else the nearest anywhere.
 
     Returns the keys (for a section, all of its keys), and `; did you mean ...?`.
     """
@@ -241,6 +252,8 @@ def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
             everywhere.setdefault(key, []).append(f"{known_section}.{key}")
     if name in everywhere:
         return _suggestion(everywhere[name])
+    if name in FIELDS:
+        return [KEY], f"; did you mean {KEY}.{name}?"
     here: Collection[str] = SECTIONS if section is None else SECTIONS[section]
     near = difflib.get_close_matches(name, here, n=1)
     if not near:  # `promts` for `prompts_per_step`: a similar prefix also counts

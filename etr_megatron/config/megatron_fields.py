@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+KEY = "train.megatron"
+
 Owner = Literal["model", "ddp", "optimizer"]
 """Which of Megatron's three configs has the field."""
 
@@ -31,6 +33,11 @@ class MegatronField:
     with_key: str | None = None
     experts: bool = False
     of: Owner = "model"
+
+    @property
+    def condition(self) -> str:
+        """`with_field` as an override writes it, such as `cpu_offloading=true`; "" if there is none."""
+        return "=".join(str(part) for part in self.with_field or ()).replace("True", "true")
 
 
 RecomputedModule = Literal["core_attn", "mlp", "moe", "moe_act", "shared_experts", "layernorm", "mla_up_proj"]
@@ -58,7 +65,9 @@ FIELDS: dict[str, MegatronField] = {
         with_field=("recompute_granularity", "full"),
     ),
     "cpu_offloading": MegatronField(
-        bool, "move activations of `cpu_offloading_num_layers` layers to CPU memory (one pipeline stage only)", gpu=True
+        bool,
+        "move activations of `cpu_offloading_num_layers` layers, which must be given, to CPU memory (one pipeline stage only)",
+        gpu=True,
     ),
     "cpu_offloading_num_layers": MegatronField(int, "fewer than all", gpu=True, with_field=("cpu_offloading", True)),
     "cpu_offloading_double_buffering": MegatronField(
@@ -74,7 +83,9 @@ FIELDS: dict[str, MegatronField] = {
         bool, "with sequence parallelism: copy the embedding's output, so that the whole one can be freed (on)"
     ),
     "deterministic_mode": MegatronField(
-        bool, "only deterministic kernels; on a GPU, set NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 as well"
+        bool,
+        "a deterministic backward pass of the embedding and, by the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 "
+        "that it needs on a GPU, of attention; outputs of experts are still added up in any order",
     ),
     "disable_bf16_reduced_precision_matmul": MegatronField(bool, "sum products of bfloat16 in float32 only", gpu=True),
     "disable_parameter_transpose_cache": MegatronField(bool, "with FP8: transpose weights anew in every pass", gpu=True),

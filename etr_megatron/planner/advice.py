@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from etr_megatron.config import Config, SglangConfig
+from etr_megatron.config.megatron_fields import FIELDS, RECOMPUTATION
 from etr_megatron.errors import UserError
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
-UNCOUNTED = ("parallel.", "train.optimizer_offload")
-"""Settings whose cost in time is not modeled (more communication, an update on the CPU). They are listed after settings with a
-known time."""
+UNCOUNTED = ("parallel.", "train.optimizer_offload", "sglang.dp_attention")
+"""Settings whose cost in time is not modeled (more communication, an update on the CPU, groups of GPUs that wait for the one
+with the most tokens). They are listed after settings with a known time."""
 
 
 ADAPTERS_RANK = 32
@@ -74,18 +76,34 @@ def _tried(setting: str, changed: Config, plan: Plan, options: dict[str, Any]) -
 def _with_adapters(config: Config) -> tuple[str, Config]:
     """(overrides, config with them) that train adapters and reset settings that adapters rule out."""
     train: dict[str, Any] = {"overlap_grad_reduce": False, "overlap_param_gather": False}
-    train |= {"grads_dtype": "float32", "optimizer_offload": False}
+    train |= {"grads_dtype": "float32", "optimizer_offload": False, "moe_freeze_router": False}
     train = {key: value for key, value in train.items() if getattr(config.train, key) != value}
-    texts = [f"lora.rank={ADAPTERS_RANK}", *(f"train.{key}={str(value).lower()}" for key, value in train.items())]
+    reset = [f"train.{key}" for key in train]
+    train |= _without_fields(config, [name for name, field in FIELDS.items() if field.with_key in reset])
     lora = replace(config.lora, rank=ADAPTERS_RANK)
-    return " ".join(texts), replace(config, lora=lora, train=replace(config.train, **train))
+    fp8: dict[str, Any] = {"param": False} if config.fp8.param else {}
+    texts = [f"lora.rank={ADAPTERS_RANK}", *filter(None, (_overrides("train", train), _overrides("fp8", fp8)))]
+    return " ".join(texts), replace(config, lora=lora, train=replace(config.train, **train), fp8=replace(config.fp8, **fp8))
+
+
+def _without_fields(config: Config, names: Collection[str]) -> dict[str, Any]:
+    """A change of the section train that drops these fields of Megatron; empty if none of them is set."""
+    fields = config.train.megatron
+    return {} if fields.keys().isdisjoint(names) else {"megatron": {key: fields[key] for key in fields if key not in names}}
+
+
+def _overrides(section: str, values: dict[str, Any]) -> str:
+    """Changes of a section as overrides, without a space in any of them."""
+    texts = (value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for value in values.values())
+    return " ".join(f"{section}.{key}={text}" for key, text in zip(values, texts, strict=True))
 
 
 def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
     """(override, config with it)."""
     now = plan.config
     train, rollout, longest = now.train, now.rollout, plan.work.longest
-    wanted: list[tuple[str, dict[str, Any]]] = [("train", {"recompute": "none" if train.recompute == "full" else "full"})]
+    recompute = {"recompute": "none"} if train.recompute == "full" else {"recompute": "full"}
+    wanted: list[tuple[str, dict[str, Any]]] = [("train", recompute | _without_fields(config, RECOMPUTATION))]
     if not train.distributed_optimizer:
         wanted.append(("train", {"distributed_optimizer": True}))
     if train.grads_dtype == "float32" and now.model.dtype == "bfloat16":
@@ -105,9 +123,7 @@ def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
     if rollout.backend == "sglang" and not now.sglang.urls:
         wanted += _servers(plan)
     for section, values in wanted:
-        texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
-        setting = " ".join(f"{section}.{key}={text}" for key, text in texts.items())
-        yield setting, replace(config, **{section: replace(getattr(config, section), **values)})
+        yield _overrides(section, values), replace(config, **{section: replace(getattr(config, section), **values)})
 
 
 def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,7 +153,7 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "sglang", {"dp_attention": sglang.tp}
     if not plan.server_fits and sglang.dp_attention > 1:
         yield "sglang", {"dp_attention": 1}
-    if not plan.server_fits:
+    if not plan.server_holds_sample:
         yield from (("sglang", changes) for changes in _larger_servers(plan))
 
 

@@ -33,15 +33,17 @@ def generation_seconds(
     weight_bytes: int,
     token_bytes: int,
     gpu: Hardware,
+    expert_bytes: int = 0,
     nodes: int = 1,
     attention_dp: int = 1,
 ) -> float:
     """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
     concurrency: maximum number of responses at once. cache_tokens: capacity of a KV cache, None is unlimited. weight_bytes,
-    token_bytes: bytes of the weights, and of a token's keys and values, on one GPU of the server. nodes: number of nodes over
-    which the tp GPUs are spread evenly. attention_dp: number of groups of these GPUs, each with a cache and an even share of
-    the samples. The first group is simulated, as if the others had samples of the same lengths.
+    token_bytes: bytes of the weights, and of a token's keys and values, on one GPU of the server. expert_bytes: the part of
+    weight_bytes in experts, without shared ones. nodes: number of nodes over which the tp GPUs are spread evenly.
+    attention_dp: number of groups of these GPUs, each with a cache and an even share of the samples. The first group is
+    simulated, as if the others had samples of the same lengths.
 
     A decode step takes the longer of reading and computing. It reads the weights (of experts only those that the batch chooses)
     and the batch's cache; it computes the products, including the head. Prompts take the time of their products. For both, the
@@ -56,7 +58,6 @@ def generation_seconds(
     products = tp * gpu.matmul * gpu.decode_compute_efficiency
     compute, head = 2 * active_parameters(arch) / products, head_flops(arch, 1) / products
     attend = _latent_products(arch) / products
-    in_experts = expert_share(arch)
     rate = gpu.memory * gpu.decode_memory_efficiency
     links, sending = _sums_of_a_pass(arch, tp, nodes, gpu, attention_dp)
     limit = np.inf if cache_tokens is None else cache_tokens
@@ -71,7 +72,7 @@ def generation_seconds(
         waiting[:0] = [(context, left) for context, left in running[fits:]]
         running = running[:fits]
         batch, cached = attention_dp * len(running), running[:, 0].sum()
-        reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * cached) / rate
+        reading = (weight_bytes - expert_bytes * _left_unread(arch, batch) + token_bytes * cached) / rate
         computing = (compute + head) * batch + attend * attention_dp * cached
         seconds += _STRIDE * (max(reading, computing) + links + batch * sending + gpu.decode_overhead)
         running = running + np.array([_STRIDE, -_STRIDE])
@@ -126,20 +127,6 @@ def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, a
     return started
 
 
-def expert_share(arch: Architecture) -> float:
-    """Fraction of a model's elements that are in experts, without shared ones; ignores norms and biases."""
-    experts = arch.experts
-    if experts is None:
-        return 0.0
-    of_all = len(arch.expert_layers) * 3 * arch.hidden_size * experts.intermediate_size
-    others = active_parameters(arch) - experts.per_token * of_all
-    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
-    return experts.count * of_all / (experts.count * of_all + others + embeddings)
-
-
-def _read(arch: Architecture, in_experts: float, batch: int) -> float:
-    """Fraction of the weights that a step of `batch` tokens reads: all except experts that no token has chosen. in_experts:
-    `expert_share`."""
-    if arch.experts is None:
-        return 1.0
-    return 1.0 - in_experts * (1.0 - arch.experts.per_token / arch.experts.count) ** batch
+def _left_unread(arch: Architecture, batch: int) -> float:
+    """Expected share of the experts that no token of a step of `batch` tokens has chosen; 0 for a dense model."""
+    return 0.0 if arch.experts is None else (1.0 - arch.experts.per_token / arch.experts.count) ** batch

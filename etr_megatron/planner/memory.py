@@ -94,12 +94,13 @@ class ServerMemory:
     """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token or, with latent
     attention, its latents, which SGLang replicates on every GPU. (The embedded engine, transformers, caches keys and values.)
 
-    parameters: elements, not bytes. graphs: see `graph_bytes`. caches: number of KV caches that hold different requests, the
-    data-parallel size of attention.
+    parameters: elements, not bytes. experts: the part of `weights` that is in experts, without shared ones. graphs: see
+    `graph_bytes`. caches: number of KV caches that hold different requests, the data-parallel size of attention.
     """
 
     parameters: int
     weights: int
+    experts: int
     pool: int
     token: int
     graphs: int
@@ -109,6 +110,11 @@ class ServerMemory:
     def tokens_of_a_cache(self) -> int:
         """Tokens that one of the server's KV caches holds; 0 if its weights do not fit."""
         return max(0, self.pool - self.weights) // self.token
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the server needs of its GPU, with its process."""
+        return self.pool + self.graphs + PROCESS
 
     @property
     def cache_tokens(self) -> int:
@@ -136,14 +142,15 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
     layout = server_layout(config, cluster)
     held = max(parameters_by_rank(arch, layout), key=lambda rank: rank.total)
     element = element_bytes(config)
-    weights = held.total * element
+    weights, experts = held.total * element, held.expert * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
+        experts = fp8_bytes(held.expert)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     is_embedded = config.rollout.backend == "embedded"
     token = arch.layers * arch.kv_heads_of_a_rank(layout.attention_tp) * (arch.head_dim + arch.value_dim) * element
     if is_embedded:
-        return ServerMemory(held.total, weights, 0, token, 0)
+        return ServerMemory(held.total, weights, experts, 0, token, 0)
     if arch.latent is not None:
         weights += _absorbed(arch, layout.attention_tp) * element
         token = arch.layers * arch.latent.cached_dim * element
@@ -151,7 +158,7 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
     # SGLang leaves room for these when it chooses the fraction. The fraction assumed here is that of other servers.
     left_out = gathered_bytes(config.sglang, gpu_memory_gib) if config.sglang.mem_fraction is None else 0
     pool = max(0, int(fraction * gpu_memory_gib * GIB) - left_out)
-    return ServerMemory(held.total, weights, pool, token, graphs, layout.attention_dp)
+    return ServerMemory(held.total, weights, experts, pool, token, graphs, layout.attention_dp)
 
 
 def _absorbed(arch: Architecture, tp: int) -> int:

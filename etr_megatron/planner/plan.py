@@ -44,7 +44,7 @@ class Plan:
 
     @cached_property
     def time(self) -> StepTime:
-        """Time of a step, as if all ranks fit. Meaningless if servers do not fit: without room for a sample there is no
+        """Time of a step, as if ranks and servers fit. Meaningless if servers hold no sample: then there is no
         generation to estimate. Computed by a simulation on first use, which may take seconds."""
         # Moved to the CPU and back in every step.
         moved = max(rank.optimizer for rank in self.ranks) if self.config.train.offload_for_rollout else 0
@@ -78,9 +78,16 @@ class Plan:
         return self.server.caches * (self.server.tokens_of_a_cache // self.work.longest)
 
     @property
-    def server_fits(self) -> bool:
+    def server_holds_sample(self) -> bool:
         """Whether a server's weights leave room for one sample of maximum length. GPUs outside the job are not checked."""
         return self.config.rollout.backend == "embedded" or self.cluster.outside or self.cache_samples >= 1
+
+    @property
+    def server_fits(self) -> bool:
+        """Whether servers hold a sample and, on GPUs of their own, need no more memory than there is. (That of servers on the
+        ranks' GPUs is in the peaks of the ranks. SGLang itself chooses a fraction that fits.)"""
+        is_counted = self.cluster.colocated or self.cluster.outside or self.config.sglang.mem_fraction is None
+        return self.server_holds_sample and (is_counted or self.server.peak <= usable(self.gpu_memory))
 
     @property
     def ranks_fit(self) -> bool:
@@ -93,8 +100,8 @@ class Plan:
         return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan for `--json`: bytes, seconds and counts; `time` is None if servers do not fit, see `time`. uncounted: keys
-        that the plan ignores."""
+        """The plan for `--json`: bytes, seconds and counts; `time` is None if servers hold no sample, see `time`.
+        uncounted: keys that the plan ignores."""
         ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
         return {
             "gpu": self.gpu.name,
@@ -109,7 +116,7 @@ class Plan:
             "cluster": asdict(self.cluster),
             "workload": {**asdict(self.work), "tokens": self.work.tokens},
             "server": {**asdict(self.server), "cache_tokens": self.server.cache_tokens},
-            "time": self._time_as_dict() if self.server_fits else None,
+            "time": self._time_as_dict() if self.server_holds_sample else None,
             "ranks": ranks,
         }
 

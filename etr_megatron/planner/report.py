@@ -31,6 +31,10 @@ def misfit(plan: Plan) -> str:
 
 
 def _server_misfit(plan: Plan) -> str:
+    """Why servers do not fit, after "a server's"."""
+    if plan.server_holds_sample:
+        parts = f"pool of {gib(plan.server.pool)} and CUDA graphs of {gib(plan.server.graphs)} GiB, with its process,"
+        return f"{parts} take {gib(plan.server.peak)} of {gib(usable(plan.gpu_memory))} usable GiB; lower sglang.mem_fraction"
     pool = f"weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB"
     return f"{pool}, and the rest does not hold one sample of {plan.work.longest:,} tokens"
 
@@ -122,7 +126,7 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    if not plan.server_fits:
+    if not plan.server_holds_sample:
         yield "no estimate of a step: servers without room for a sample generate nothing"
         return
     time, unless = plan.time, "" if plan.fits else ", if it fit"

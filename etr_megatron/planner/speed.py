@@ -177,6 +177,7 @@ def _generate(
         tp=cluster.server_tp,
         attention_dp=server.caches,
         weight_bytes=server.weights,
+        expert_bytes=server.experts,
         token_bytes=server.token,
         gpu=gpu,
         nodes=cluster.nodes_per_server,

@@ -54,11 +54,6 @@ def transformer_config(
     refuses the fields.
     """
     fused = uses_transformer_engine()
-    recompute_options: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
-        "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    }
     options = dict[str, Any](
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -91,7 +86,7 @@ def transformer_config(
         **_fusions(fused, latent=arch.latent is not None),
         **_pipeline_options(layout, dtype),
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
-        **recompute_options[recompute],
+        **_recompute_options(recompute),
         **fp8_options(fp8 or Fp8Config(), experts=arch.experts is not None),
     )
     with complaints_about(fields or {}):
@@ -149,6 +144,16 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         batch_p2p_comm=layout.vpp == 1,
         overlap_p2p_comm=layout.vpp > 1,
     )
+
+
+def _recompute_options(recompute: str) -> dict[str, Any]:
+    """`train.recompute` as Megatron's fields."""
+    options: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    }
+    return options[recompute]
 
 
 def _fusions(fused: bool, *, latent: bool) -> dict[str, Any]:

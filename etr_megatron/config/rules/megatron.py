@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from etr_megatron.config.coerce import describe
-from etr_megatron.config.megatron_fields import FIELDS, GOVERNED, RECOMPUTATION, REFUSED, needs_gpu
+from etr_megatron.config.megatron_fields import FIELDS, GOVERNED, KEY, RECOMPUTATION, REFUSED, needs_gpu
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
-
-KEY = "train.megatron"
 
 
 def megatron(config: Config) -> Iterator[Violation]:
@@ -24,8 +22,7 @@ def megatron(config: Config) -> Iterator[Violation]:
             continue
         field = FIELDS[name]
         if field.with_field is not None and given.get(field.with_field[0]) != field.with_field[1]:
-            other = "=".join(str(part) for part in field.with_field).replace("True", "true")
-            yield Violation((key,), f"has no effect without {KEY}.{other}; set that as well, or remove it")
+            yield Violation((key,), f"has no effect without {KEY}.{field.condition}; set that as well, or remove it")
         if field.with_key is not None and not get(config, field.with_key):
             yield Violation((key, field.with_key), f"needs {field.with_key}; set that to true, or remove it")
     if config.train.recompute != "none" and (names := [name for name in given if name in RECOMPUTATION]):
@@ -39,6 +36,15 @@ def megatron(config: Config) -> Iterator[Violation]:
         yield Violation(
             (f"{KEY}.deallocate_pipeline_outputs", "parallel.vpp"),
             "with several chunks per stage, Megatron frees outputs that it is still sending; remove it, or set vpp to 1",
+        )
+    if given.get("cpu_offloading") is True and "cpu_offloading_num_layers" not in given:
+        yield Violation((f"{KEY}.cpu_offloading",), f"moves nothing without {KEY}.cpu_offloading_num_layers; set that as well")
+    if given.get("reduce_scatter_with_fp32_accumulation") is True and config.fp8.param and config.train.overlap_grad_reduce:
+        yield Violation(
+            (f"{KEY}.reduce_scatter_with_fp32_accumulation", "fp8.param", "train.overlap_grad_reduce"),
+            "Megatron reduces weights in FP8 together with others, and its sums in float32 do not overlap for both; set one of "
+            "them to false",
+            given=("fp8.recipe",),
         )
     if given.get("moe_router_fusion") is True and config.train.routing_replay:
         yield Violation(

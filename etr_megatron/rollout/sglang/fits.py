@@ -52,8 +52,9 @@ class Expected:
     """The weights that servers will be sent, and what servers must be able to do.
 
     dtype: as torch names it. tp: workers per server that the sync expects; None where it does not matter, as with `disk`.
-    fp8: whether matrices are sent in FP8, in blocks with scales. routing: whether a server must return the chosen experts.
-    tokenizer: whether it must have a tokenizer, to match stop strings.
+    attention_dp: the data-parallel size of their attention; None likewise. fp8: whether matrices are sent in FP8, in blocks
+    with scales. routing: whether a server must return the chosen experts. tokenizer: whether it must have a tokenizer, to match
+    stop strings.
     """
 
     architecture: Architecture
@@ -62,13 +63,15 @@ class Expected:
     fp8: bool
     routing: bool = False
     tokenizer: bool = False
+    attention_dp: int | None = None
 
     @classmethod
     def of(
         cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False, tokenizer: bool = False
     ) -> Expected:
         """The expectations of a job."""
-        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing, tokenizer)
+        tp, attention_dp = (None, None) if sync_of(config) == "disk" else (config.tp, config.dp_attention)
+        return cls(architecture, dtype, tp, config.fp8, routing, tokenizer, attention_dp)
 
     def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
         """The first definite mismatch, with both values; None if there is none. A field that the server does not report counts
@@ -94,6 +97,8 @@ class Expected:
                 f"its dp_size is {replicas} without --enable-dp-attention, so SGLang allows no weight sync but disk; start "
                 f"{replicas} servers instead"
             )
+        if self.attention_dp is not None and isinstance(replicas, int) and replicas != self.attention_dp:
+            yield f"its dp_size is {replicas}, but sglang.dp_attention is {self.attention_dp}"
         names = model.get("architectures")
         known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
         if known and FAMILIES[known[0]] != self.architecture.family:
