@@ -6,7 +6,7 @@ parallel ranks hold the same weights and count as data-parallel here. Experts re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -32,7 +32,7 @@ class Placement(Protocol):
         """Number of ranks."""
         ...
 
-    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
         """Every distinct shard of the weight once. Raises ValueError when the layout does not fit the architecture."""
         ...
 
@@ -92,13 +92,7 @@ class TrainingLayout:
 
     def chunk_of(self, layer: int, arch: Architecture) -> tuple[int, int, int]:
         """(stage, model chunk within it, layer within the chunk). Raises ValueError when layers do not divide."""
-        counts = self.layers_of_stages(arch.layers)
-        chunk, local = divmod(layer, arch.layers // self.vpp)
-        for stage, count in enumerate(counts):
-            if local < count // self.vpp:
-                return stage, chunk, local
-            local -= count // self.vpp
-        raise ValueError(f"layer {layer} of a model of {arch.layers}")
+        return _chunks_of_layers(self, arch.layers)[layer]
 
     def stages_of(self, weight: Weight, arch: Architecture) -> tuple[int, ...]:
         """Stages that hold a weight: one, or the first and the last for a tied embedding."""
@@ -109,15 +103,15 @@ class TrainingLayout:
             return (0, last) if last else (0,)
         return (0,) if weight.megatron.startswith("embedding.") else (last,)
 
-    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
         """See `Placement`."""
         ways, first, step = self.tp, 0, self.tp
         if weight.expert is not None:
             ways, step = self.expert_tp, self.expert_tp * self.ep
             first = ways * _expert_rank(weight.expert, arch, self.ep)
-        in_stage = range(first, self.stage_ranks, step)
-        places = [stage * self.stage_ranks + place for stage in self.stages_of(weight, arch) for place in in_stage]
-        return _holdings(weight, arch, ways, places, megatron_shard)
+        size = self.stage_ranks
+        places = tuple(range(stage * size + first, (stage + 1) * size, step) for stage in self.stages_of(weight, arch))
+        return _holdings(_Cut.of(weight, arch, ways, megatron_shard), places)
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ class ServerLayout:
         """Ranks of all servers."""
         return self.tp * self.servers
 
-    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
         """See `Placement`."""
         ways, first, step = self.tp, 0, self.tp
         if weight.expert is not None:
@@ -158,7 +152,7 @@ class ServerLayout:
             first = ways * _expert_rank(weight.expert, arch, self.ep)
         elif weight.megatron == EMBEDDING or ".self_attention." in weight.megatron:
             ways = step = self.attention_tp
-        return _holdings(weight, arch, ways, range(first, self.world, step), server_shard)
+        return _holdings(_Cut.of(weight, arch, ways, server_shard), (range(first, self.world, step),))
 
 
 @dataclass(frozen=True)
@@ -168,9 +162,9 @@ class WholeLayout:
     world: int
     owner: Callable[[Weight], int]
 
-    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
         """See `Placement`."""
-        return [Holding(whole_shard(weight), (self.owner(weight),))]
+        return (Holding(whole_shard(weight), (self.owner(weight),)),)
 
 
 def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
@@ -189,9 +183,21 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
     return expert // (count // ep)
 
 
+@lru_cache(maxsize=16)
+def _chunks_of_layers(layout: TrainingLayout, layers: int) -> tuple[tuple[int, int, int], ...]:
+    """See `TrainingLayout.chunk_of`, for every layer."""
+    counts = layout.layers_of_stages(layers)
+    return tuple(
+        (stage, chunk, local)
+        for chunk in range(layout.vpp)
+        for stage, count in enumerate(counts)
+        for local in range(count // layout.vpp)
+    )
+
+
 @dataclass(frozen=True)
 class _Cut:
-    """Everything that the shards of a weight depend on, as a cache key: most weights of a model share a few keys."""
+    """A weight cut into `ways` parts. The key is what its shards depend on; most weights of a model share a few keys."""
 
     shard_of: Callable[[Weight, Architecture, int, int], Shard]
     ways: int
@@ -202,27 +208,21 @@ class _Cut:
     weight: Weight = field(compare=False, repr=False)
     arch: Architecture = field(compare=False, repr=False)
 
+    @classmethod
+    def of(
+        cls, weight: Weight, arch: Architecture, ways: int, shard_of: Callable[[Weight, Architecture, int, int], Shard]
+    ) -> _Cut:
+        return cls(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
 
-@lru_cache(maxsize=512)
-def _distinct_shards(cut: _Cut) -> tuple[tuple[Shard, tuple[int, ...]], ...]:
-    """The distinct shards of a cut, each with the ranks that hold it. Replicas and repeated heads are the same shard."""
+
+@lru_cache(maxsize=4096)
+def _holdings(cut: _Cut, places: tuple[range, ...]) -> tuple[Holding, ...]:
+    """The distinct shards of a cut: replicas and repeated heads are the same shard. places: the layout's ranks that hold part
+    0; part i is on the ranks place + i."""
     merged: dict[Shard, list[int]] = {}
-    for rank in range(cut.ways):
-        merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, rank), []).append(rank)
-    return tuple((shard, tuple(ranks)) for shard, ranks in merged.items())
-
-
-def _holdings(
-    weight: Weight,
-    arch: Architecture,
-    ways: int,
-    places: Sequence[int],
-    shard_of: Callable[[Weight, Architecture, int, int], Shard],
-) -> list[Holding]:
-    """The distinct shards of a weight that is cut into `ways` parts. places: the layout's ranks that hold part 0; part i is on
-    the ranks place + i."""
-    cut = _Cut(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
-    return [
-        Holding(shard, tuple(sorted(place + rank for place in places for rank in ranks)))
-        for shard, ranks in _distinct_shards(cut)
-    ]
+    for part in range(cut.ways):
+        merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, part), []).append(part)
+    return tuple(
+        Holding(shard, tuple(sorted(place + part for some in places for place in some for part in parts)))
+        for shard, parts in merged.items()
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -347,20 +348,23 @@ def _has(arch: Architecture, row: Row) -> bool:
     return True
 
 
-def weights_of(arch: Architecture, *, first_expert: bool = False) -> Iterator[Weight]:
+def weights_of(arch: Architecture, *, first_expert: bool = False) -> tuple[Weight, ...]:
     """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied).
 
-    first_expert: of each layer's experts, yield only the first; the others' weights differ only in names and number.
+    first_expert: of each layer's experts, only the first; the others' weights differ only in names and number.
     """
-    rows, sizes = TABLES[arch.family], _dimensions(arch)
+    return _weights_of(TABLES[arch.family], arch, first_expert)
+
+
+@lru_cache(maxsize=2)  # 1 KiB a weight: 30 MiB for DeepSeek-V3
+def _weights_of(rows: tuple[Row, ...], arch: Architecture, first_expert: bool) -> tuple[Weight, ...]:
+    sizes = _dimensions(arch)
     experts = range(arch.experts.count if arch.experts else 0)[: 1 if first_expert else None]
     in_layer = tuple(row for row in rows if "{layer}" in row.megatron and _has(arch, row))
     before = rows[: rows.index(in_layer[0])]
     after = rows[rows.index(in_layer[-1]) + 1 :]
-    for row in before:
-        yield _weight(row, arch, sizes, None)
-    for layer in range(arch.layers):
-        yield from _layer_weights(in_layer, arch, sizes, layer, experts)
-    for row in after:
-        if not (row.megatron == HEAD and arch.tied_embeddings):
-            yield _weight(row, arch, sizes, None)
+    return (
+        *(_weight(row, arch, sizes, None) for row in before),
+        *(weight for layer in range(arch.layers) for weight in _layer_weights(in_layer, arch, sizes, layer, experts)),
+        *(_weight(row, arch, sizes, None) for row in after if not (row.megatron == HEAD and arch.tied_embeddings)),
+    )
