@@ -325,7 +325,7 @@ def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -
         with Storages() as storages:
             layer.register_forward_pre_hook(before, with_kwargs=True)
             layer.register_forward_hook(after)
-            for _ in range(3 if dist.get_world_size() > 1 else 1):
+            for _ in range(2 if dist.get_world_size() > 1 else 1):
                 policy.update(make_batch(list(sequences)))
                 found.append(seen["peak"] - seen["before"])
     return min(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,8 @@ def test_prepare_returns_what_to_start(small: str) -> None:
         (["train.learning_rate=1"], ["train.learning_rate"]),
         (["model.path=/no/such/model"], ["model.path", "/no/such/model", "is not a directory"]),
         (["--nproc", "3", "parallel.tp=2"], ["parallel.tp", "3", "2"]),
+        (["data.train={}/empty.jsonl"], ["data.train", "empty.jsonl"]),
+        (["data.train={}/other.jsonl"], ["other.jsonl", "question", "problem"]),
         (["--nproc=0"], ["--nproc 0: must be a whole number"]),
         (["--nproc"], ["--nproc"]),
         (["--nproc", "9" * 400], ["must be a whole number of processes, from 1 to 999999999"]),
@@ -61,12 +64,44 @@ def test_prepare_returns_what_to_start(small: str) -> None:
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    small: str, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ) -> None:
-    assert main([small, *arguments]) == 2
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text('{"problem": "6*7", "answer": "42"}\n')
+    before = sorted(tmp_path.iterdir())
+    assert main([small, *(argument.format(tmp_path) for argument in arguments)]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("error: ")
     assert [part for part in parts if part not in told.err] == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tp=3", "--nproc", "3"], ["4 attention heads", "parallel.tp=3"]),
+        (["rollout.max_response_tokens=500"], ["context of 512 tokens", "rollout.max_response_tokens=500"]),
+        (["spoil"], ["config.json does not fit the weights", "gate_proj.weight", "[96, 48]"]),
+    ],
+    ids=["heads", "context", "config against weights"],
+)
+def test_a_model_that_cannot_be_run_is_refused(
+    small: str, hf: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: list[str]
+) -> None:
+    if overrides == ["spoil"]:
+        config = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    arguments = [f"model.path={hf}", "data.max_prompt_tokens=100", *(o for o in overrides if o != "spoil")]
+    assert main([small, *arguments]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+
+
+def test_a_dry_run_starts_nothing_and_finds_the_number_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(REPO / "configs/qwen3_8b_8gpu.yaml"), "--dry-run", f"run.dir={tmp_path}"]) == 0
+    told = capsys.readouterr().out
+    assert "\nfits: rank" in told and "8 is the first of 1, 2, 4, 8 ... that the config fits on" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +264,10 @@ def test_a_rank_killed_by_the_system_is_named(command: Callable[[str], list[str]
 def test_under_plain_torchrun_the_sentence_comes_once(command: Callable[[str], list[str]]) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "ETR_STATUS_FILE"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, *command("mistake")], capture_output=True, text=True, cwd=REPO, env=environment, timeout=600
-    )
-    assert done.returncode != 0 and done.stderr.count("error: rank 1: the disk is full") == 1
-    assert "connection closed by peer" not in done.stderr
+    process = warm.start([*torchrun, *command("mistake")], environment)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode != 0 and told.count("error: rank 1: the disk is full") == 1
+    assert "connection closed by peer" not in told
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from etr_megatron.policy import fp8 as policy_fp8
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.packing import pack
 from etr_megatron.weights import read_architecture
+from tests.nursery import ROOT
 
 ONE_RANK = Layout(rank=0, world=1, tp=1, tp_rank=0, pp=1, stage=0, dp=1, dp_rank=0, ep=1, ep_rank=0, etp=1, etp_rank=0)
 SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
@@ -84,27 +85,39 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
         assert batch.cu_seqlens[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
 
 
-@pytest.mark.parametrize(("capability", "scales"), [(None, "1"), ((9, 0), "1"), ((10, 0), "0"), ((12, 0), "0")])
-def test_transformer_engine_finds_in_the_environment_which_scales_the_device_has(tmp_path, capability, scales):
-    package = tmp_path / "transformer_engine"
+FIRST_IMPORTS = """
+import os, sys
+import torch
+
+for capability in (None, (9, 0), (10, 0), (12, 0)):
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        continue
+    try:
+        if capability is None:
+            import etr_megatron.policy
+        torch.cuda.is_available = lambda: True
+        torch.cuda.get_device_capability = lambda *_: capability
+        from etr_megatron import platform
+
+        platform.prepare_megatron()
+    finally:
+        os._exit(0)
+"""
+
+
+def test_transformer_engine_finds_in_the_environment_which_scales_the_device_has(tmp_path):
+    package, seen, name = tmp_path / "transformer_engine", tmp_path / "seen", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
     package.mkdir()
-    seen = tmp_path / "seen"
-    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-    package.joinpath("__init__.py").write_text(
-        f"import os, pathlib\npathlib.Path({str(seen)!r}).write_text(os.environ.get({name!r}, '-'))\nraise SystemExit\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    env.pop(name, None)
-    program = "import etr_megatron.policy"
-    if capability is not None:
-        program = (
-            "import torch; torch.cuda.is_available = lambda: True\n"
-            f"torch.cuda.get_device_capability = lambda *_: {capability}\nfrom etr_megatron import platform\n"
-            "platform.prepare_megatron()"
-        )
     # The import of the stand-in ends the program.
-    subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, timeout=120)
-    assert seen.read_text() == scales
+    said = (
+        f"import os\nwith open({str(seen)!r}, 'a') as file:\n    file.write(os.environ.get({name!r}, '-'))\nraise SystemExit\n"
+    )
+    (package / "__init__.py").write_text(said)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    env.pop(name, None)
+    subprocess.run([sys.executable, "-c", FIRST_IMPORTS], env=env, check=True, capture_output=True, timeout=120)
+    assert seen.read_text() == "1100"
 
 
 def test_the_optimizer_starts_from_the_loaded_weights_not_from_what_those_held_in_fp8_were_made_with(gangs, hf_models):

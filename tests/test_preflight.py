@@ -25,6 +25,7 @@ from etr_megatron.preflight.facts import NodeFacts, collect
 from etr_megatron.preflight.findings import findings, gib, table
 from etr_megatron.preflight.network import _pairs, rounds
 from etr_megatron.weights import read_architecture
+from tests import warm
 from tests.gang import Gang
 
 REPO = Path(__file__).resolve().parents[1]
@@ -286,14 +287,10 @@ def test_the_table_ends_with_what_failed():
 
 def preflight(tmp_path, *arguments, nproc=2):
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "etr_megatron.preflight"]
-    return subprocess.run(
-        [sys.executable, *command, "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", *arguments],
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    job = ["configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", *arguments]
+    process = warm.start([sys.executable, *command, *job], {**os.environ, "OMP_NUM_THREADS": "1"})
+    printed = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(command, process.returncode, *printed)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import py_compile
 import runpy
@@ -99,49 +98,20 @@ def is_set_up() -> None:
     ("arguments", "parts"),
     [
         (["train.learnin_rate=1"], ["train.learnin_rate"]),
-        (["model.path=no/such/model"], ["model.path", "no/such/model"]),
-        (["--nproc", "3", "parallel.tp=2"], ["parallel.tp", "3"]),
-        (["data.train=empty.jsonl"], ["data.train", "empty.jsonl"]),
-        (["data.train=other.jsonl"], ["other.jsonl", "question", "problem"]),
         (["--no-such-option"], ["--no-such-option"]),
     ],
-    ids=["unknown key", "missing model", "indivisible world", "empty data", "missing column", "unknown option"],
+    ids=["unknown key", "unknown option"],
 )
 def test_bad_input_through_bash_is_one_message_and_exit_code_2(
     is_set_up: None, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     (tmp_path / "job.yaml").write_text("run:\n  platform: cpu\n")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('{"problem": "6*7", "answer": "42"}\n')
     before = sorted(tmp_path.iterdir())
     done = run(["bash", str(RUN), "job.yaml", *arguments], cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert [part for part in parts if part not in done.stderr] == []
     assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["parallel.tp=3", "--nproc", "3"], ["4 attention heads", "parallel.tp=3"]),
-        (["rollout.max_response_tokens=500"], ["context of 512 tokens", "rollout.max_response_tokens=500"]),
-        (["spoil"], ["config.json does not fit the weights", "gate_proj.weight", "[96, 48]"]),
-    ],
-    ids=["heads", "context", "config against weights"],
-)
-def test_a_model_that_cannot_be_run_is_refused_through_bash(
-    is_set_up: None, hf_models: dict[str, str], tmp_path: Path, overrides: list[str], words: list[str]
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(hf_models["qwen3"], model)
-    if overrides == ["spoil"]:
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
-    arguments = [f"model.path={model}", "data.max_prompt_tokens=100", *(o for o in overrides if o != "spoil")]
-    done = run(["bash", str(RUN), *arguments])
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
 
 
 def test_help_through_bash(is_set_up: None) -> None:
@@ -151,11 +121,7 @@ def test_help_through_bash(is_set_up: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_through_bash_starts_nothing_and_finds_the_number_of_gpus(is_set_up: None, tmp_path: Path) -> None:
-    done = run(["bash", str(RUN), str(REPO / "configs/qwen3_8b_8gpu.yaml"), "--dry-run", f"run.dir={tmp_path}"])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\nfits: rank" in done.stdout and "8 is the first of 1, 2, 4, 8 ... that the config fits on" in done.stdout
-    assert not list(tmp_path.iterdir())
+def test_a_mistake_of_a_dry_run_through_bash_is_one_sentence(is_set_up: None) -> None:
     wrong = run(["bash", str(RUN), "--dry-run", "--gpus", "some"])
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert wrong.stderr.startswith("error: --dry-run: argument --gpus: invalid int value")

@@ -33,6 +33,7 @@ from etr_megatron.data.tiny import tiny_policy_path
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
 from etr_megatron.job import initial_checkpoint
+from tests import warm
 from tests.runs import wait_for
 
 ARITHMETIC = ArithmeticConfig(min_digits=1, max_digits=1, train_problems=20, eval_problems=5)
@@ -259,20 +260,14 @@ print(build_tiny_policy(settings, ARITHMETIC, progress=False))
 """
 
 
-def start_build(cache: Path, steps: int, prelude: str = "") -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + BUILD.replace("TESTS", __name__), str(cache), str(steps)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_build(cache: Path, steps: int, prelude: str = "") -> subprocess.Popen[str] | warm.Process:
+    program = prelude + BUILD.replace("TESTS", __name__)
+    return warm.start([sys.executable, "-c", program, str(cache), str(steps)], {**os.environ})
 
 
 @pytest.mark.slow
 def test_two_processes_that_build_at_once_build_once(tmp_path):
-    both = [start_build(tmp_path, 60) for _ in range(2)]
+    both = [start_build(tmp_path, 20) for _ in range(2)]
     printed = [process.communicate(timeout=900)[0].split("\n")[:-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(map(len, printed)) == [1, 2]  # the one that builds prints "warm start" first

@@ -125,7 +125,8 @@ def enter(files: list[int], command: list[str], environment: dict[str, str]) -> 
         os.close(file)
     warnings.filters.remove(IGNORED)
     gc.enable()
-    _prepare_torchrun([_Blank(), _Blank()] if "etr_megatron.launch" in command else [])
+    of_ranks = {"etr_megatron.launch", "torch.distributed.run"}
+    _prepare_torchrun([_Blank(), _Blank()] if of_ranks & {*command} else [])
     _become(command, environment)
 
 
