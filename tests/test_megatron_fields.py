@@ -235,6 +235,8 @@ def test_an_override_sets_one_entry_and_keeps_those_of_the_file(tmp_path: Path):
     assert config.train.megatron == {**block, "recompute_num_layers": 5}
     (problem,) = refused_in(path, "train.megatron.recompute_num_layers=0", "train.megatron.hidden_size=1")[:1]
     assert problem.startswith("  - train.megatron.recompute_num_layers = 0 (command line): must be at least 1")
+    kept, added = refused_in(path, "train.megatron.recompute_granularity=selective", "train.megatron.bucket_size=0")[1:]
+    assert f"recompute_num_layers = 2 ({path}:2): has no effect" in kept and "bucket_size = 0 (command line)" in added
     (problem,) = refused_in(path, "train.recompute=full")
     assert f'train.megatron.recompute_granularity = "full" ({path}:2), train.recompute' in problem
     config = load_config(path, ["train.megatron.recompute_num_layers=3", "train.megatron={}"])
