@@ -28,6 +28,11 @@ def check_fields_without_shared_expert(model: str, config: Config) -> None:
     _refuse(f"{model} has no shared expert", config, ["moe_shared_expert_overlap"], ["shared_experts"])
 
 
+def check_fields_without_dense_layers(model: str, config: Config) -> None:
+    """Refuse fields that have no effect on a model of which all layers have experts."""
+    _refuse(f"{model} has no layer without experts", config, [], ["mlp"])
+
+
 def _refuse(reason: str, config: Config, names: Collection[str], modules: Collection[str]) -> None:
     """Raise UserError for one of the fields `names`, or one of `modules` to recompute."""
     for name, value in config.train.megatron.items():
@@ -61,7 +66,7 @@ def check_fields(architecture: Architecture, config: Config) -> None:
     """
     if not config.train.megatron:
         return
-    _check_machine(config)
+    _check_machine(architecture, config)
     from etr_megatron.policy.model_config import configured_transformer
     from etr_megatron.policy.parallel import Layout
 
@@ -88,7 +93,7 @@ def check_fields(architecture: Architecture, config: Config) -> None:
     configured_transformer(architecture, layout, config)
 
 
-def _check_machine(config: Config) -> None:
+def _check_machine(architecture: Architecture, config: Config) -> None:
     """Check packages and variables that Megatron looks for only while it builds the model."""
     fields = config.train.megatron
     if config.run.platform == "cpu":
@@ -103,3 +108,5 @@ def _check_machine(config: Config) -> None:
             f"{KEY}.deterministic_mode=true needs the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 on every node "
             "with ranks"
         )
+    if architecture.experts is None and architecture.latent is None and importlib.util.find_spec("transformer_engine"):
+        _refuse("Transformer Engine computes this model's norms together with linear layers", config, [], ["layernorm"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from etr_megatron.check_fields import (
     check_dispatcher,
     check_fields,
+    check_fields_without_dense_layers,
     check_fields_without_experts,
     check_fields_without_shared_expert,
 )
@@ -259,6 +260,8 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
 def check_routing(model: str, experts: Experts, config: Config) -> None:
     """Refuse options of the routers that do not fit the model's experts."""
     check_dispatcher(model, experts, config)
+    if not experts.dense_layers:
+        check_fields_without_dense_layers(model, config)
     if not experts.shared_size:
         check_fields_without_shared_expert(model, config)
     if config.train.routing_replay and experts.count > MOST_REPLAYED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import os
+import re
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +16,11 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from etr_megatron import checkpoint
 from etr_megatron.checkpoint import Saver
+from etr_megatron.checkpoint.saver import _Pending
 from etr_megatron.checkpoint.saving import _Writer
 from etr_megatron.platform.phases import Phases
 from tests.hang import Hang
@@ -163,6 +165,24 @@ def test_a_rank_whose_disk_hangs_is_named_after_the_deadline(gangs, hf_models, t
     said, others = gangs(2).run(f"{JOBS}:disk_hangs", model=hf_models["qwen3"], folder=str(tmp_path))
     assert said == "TimeoutError: rank 0 waited 2 s at the writing of the checkpoint of step 1 for rank 1"
     assert others == "RuntimeError: a rank has not completed the checkpoint, see the other ranks' errors"
+
+
+def test_a_full_disk_is_told_beside_a_rank_that_is_lost_at_the_same_time(tmp_path):
+    def meet(what: str) -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")  # gloo's
+        except RuntimeError as error:
+            raise ConnectionError(f"lost rank 1 at the {what}") from error
+
+    def write(group: Any, meet: Any) -> None:
+        with patch.object(FileSystemWriter, "write_data", side_effect=OSError(errno.ENOSPC, "full")):
+            _Writer(tmp_path, meet=meet).write_data()
+
+    unwritten: Any = SimpleNamespace(step=3, checkpoints=tmp_path, write=write)
+    pending = _Pending(unwritten, SimpleNamespace(group=None, meet=meet))  # type: ignore[arg-type]
+    told = f"lost rank 1 at the writing of the checkpoint of step 3; besides, {tmp_path}: no space left on the device"
+    with pytest.raises(ConnectionError, match=re.escape(told)):
+        pending.result()
 
 
 def failing_run(model: str, folder: str) -> tuple[list[int], list[int]]:

@@ -235,6 +235,17 @@ def test_an_environment_that_always_fails_ends_the_run_and_one_that_fails_at_tim
     assert [group.samples[0].environment_status for group in taken.groups] == ["error", "ok"]
 
 
+@pytest.mark.parametrize("section", ["environment", "reward"])
+def test_calls_that_all_time_out_end_the_run_in_the_third_step_of_these(one_rank, section):
+    environment = Environment(lambda _: EnvironmentReply(None, "timeout", "none") if section == "environment" else ENDS)
+    grade = Grade(0.0, "timeout", "none") if section == "reward" else Grade(1.0, "ok", "")
+    sampler = sampler_of(Engine(), environment, lambda requests: [grade] * len(requests), dynamic_sampling=True)
+    for step in (4, 5):
+        sampler.take(step, timer)  # several rounds, as flat groups are replaced
+    with pytest.raises(UngradedError, match=rf"^{section}\.function timed out for all responses of 3 steps in a row"):
+        sampler.take(6, timer)
+
+
 def fails_second(request) -> EnvironmentReply:
     turns = sum(message["role"] == "assistant" for message in request.messages)
     return says("4 4") if turns == 1 else EnvironmentReply(None, "error", "it raised KeyError: 'x'")

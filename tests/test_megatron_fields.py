@@ -158,7 +158,12 @@ def refused(*overrides: str) -> list[str]:
         ("recompute_modules=[mlp]", "has no effect without train.megatron.recompute_granularity=selective; set that as well"),
         ("cpu_offloading_num_layers=2", "has no effect without train.megatron.cpu_offloading=true; set that as well"),
         ("cpu_offloading=true", "moves nothing without train.megatron.cpu_offloading_num_layers; set that as well"),
-        ("bucket_size=1000", "train.overlap_grad_reduce = false (default): needs train.overlap_grad_reduce; set that to true"),
+        ("moe_hybridep_num_sms=8", "has no effect without train.megatron.moe_flex_dispatcher_backend=hybridep; set that"),
+        ("bucket_size=1000", "the field has no effect with this train.overlap_grad_reduce; change that, or remove the field"),
+        ("clone_scatter_output_in_embedding=false", "parallel.sequence_parallel = false (default): the field has no effect"),
+        ("overlap_p2p_comm_warmup_flush=true", "parallel.vpp = 1 (default): the field has no effect"),
+        ("deallocate_pipeline_outputs=true", "parallel.pp = 1 (default): the field has no effect"),
+        ("disable_parameter_transpose_cache=true", 'fp8.recipe = "none" (default): the field has no effect'),
     ],
 )
 def test_a_field_that_cannot_be_set_or_has_another_type_is_refused_in_one_sentence(override, sentence):
@@ -183,6 +188,11 @@ def test_a_value_of_another_type_is_refused(value, sentence):
 
 
 def test_what_contradicts_another_key_is_refused():
+    (problem,) = refused("disable_bf16_reduced_precision_matmul=true", "model.dtype=float32")
+    assert 'model.dtype = "float32" (command line): the field has no effect with this model.dtype' in problem
+    flex = ["moe_token_dispatcher_type=flex", "moe_flex_dispatcher_backend=hybridep", "moe_hybridep_num_sms=8"]
+    (problem,) = refused(*flex, "moe_deepep_num_sms=24")
+    assert "DeepEP's number has no effect on HybridEP; remove it, or set moe_hybridep_num_sms" in problem
     (problem,) = refused("recompute_granularity=selective", "train.recompute=full")
     assert "both choose what is recomputed; set recompute to none, or remove Megatron's fields for it" in problem
     (problem,) = refused("deallocate_pipeline_outputs=true", "parallel.pp=2", "parallel.vpp=2")
@@ -225,6 +235,8 @@ def test_an_override_sets_one_entry_and_keeps_those_of_the_file(tmp_path: Path):
     assert config.train.megatron == {**block, "recompute_num_layers": 5}
     (problem,) = refused_in(path, "train.megatron.recompute_num_layers=0", "train.megatron.hidden_size=1")[:1]
     assert problem.startswith("  - train.megatron.recompute_num_layers = 0 (command line): must be at least 1")
+    kept, added = refused_in(path, "train.megatron.recompute_granularity=selective", "train.megatron.bucket_size=0")[1:]
+    assert f"recompute_num_layers = 2 ({path}:2): has no effect" in kept and "bucket_size = 0 (command line)" in added
     (problem,) = refused_in(path, "train.recompute=full")
     assert f'train.megatron.recompute_granularity = "full" ({path}:2), train.recompute' in problem
     config = load_config(path, ["train.megatron.recompute_num_layers=3", "train.megatron={}"])
@@ -292,10 +304,11 @@ def test_an_assertion_without_a_text_is_told_by_its_line():
             "m has no shared expert, so train.megatron.moe_shared_expert_overlap",
         ),
         ("qwen3_moe", parts("moe", "shared_experts"), "m has no shared expert, so shared_experts in train.megatron.recompute_"),
-        ("deepseek_v3", parts("moe", "shared_experts"), None),
+        ("qwen3_moe", parts("moe", "mlp"), "m has no layer without experts, so mlp in train.megatron.recompute_modules has no"),
+        ("deepseek_v3", parts("moe", "shared_experts", "mlp"), None),
     ],
 )
-def test_fields_for_experts_are_refused_without_experts(hf_models, model, field, sentence):
+def test_fields_for_parts_that_a_model_does_not_have_are_refused(hf_models, model, field, sentence):
     config = configured(hf_models[model], f"train.megatron{'=' if field[0] == '{' else '.'}{field}", "parallel.tp=1")
     if sentence is None:
         check_architecture("m", read_architecture(hf_models[model]), config, 1)
@@ -333,6 +346,10 @@ def test_what_a_machine_lacks_for_a_field_is_said_before_anything_starts(hf_mode
     monkeypatch.setattr(check_fields.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="flex needs the package deep_ep, which is not installed"):
         check_fields.check_fields(arch, config)
+    monkeypatch.setattr(check_fields.importlib.util, "find_spec", lambda name: name)
+    config = configured(hf_models["qwen3"], f"train.megatron={parts('mlp', 'layernorm')}", "parallel.tp=1")
+    with pytest.raises(UserError, match=r"norms together with linear layers, so layernorm in train\.megatron\.recompute"):
+        check_fields.check_fields(read_architecture(hf_models["qwen3"]), config)
     monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
     config = configured("tiny", "train.megatron.deterministic_mode=true", "parallel.tp=1")
     with pytest.raises(UserError, match="needs the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 on every node"):

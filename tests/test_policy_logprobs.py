@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from etr_megatron.errors import UserError
@@ -156,6 +157,32 @@ def test_a_nan_that_travels_to_other_ranks_is_one_error_on_all_with_sample_and_r
     job = dict(model=hf_models["qwen3"], sequences=[([5, 6], [7, 8, 9, 10]), ([9, 10], [11, 12])], overrides=overrides)
     of_0, of_1 = gangs(2).run("tests.policy_jobs:nan_error", **job, in_weights=False)
     assert of_0 == of_1 and "with respect to logp is not finite" in of_1 and of_1.endswith(", on rank 1")
+
+
+def errors_of_nan(model: str, sequences: list) -> tuple[list[str], bool]:
+    """The errors of NaN in a weight's gradient on rank 1 and of NaN at a token of the last sample, and whether the weight is as
+    it was."""
+    policy, batch, errors = build(model, ["parallel.tp=1", "train.overlap_grad_reduce=true"]), make_batch(sequences), []
+    policy.update(batch)  # Megatron overlaps nothing in its first update
+    stage = policy.chunks[0]
+    weight, before = stage.decoder.final_layernorm.weight, stage.decoder.final_layernorm.weight.detach().clone()
+    hook = weight.register_hook(lambda gradient: gradient * (float("nan") if dist.get_rank() == 1 else 1.0))
+    for _ in range(2):
+        with pytest.raises((FloatingPointError, RuntimeError)) as error:
+            policy.update(batch)
+        errors.append(str(error.value))
+        hook.remove()
+        with torch.no_grad():
+            stage.embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
+    return errors, weight.equal(before)
+
+
+def test_with_overlap_a_nan_is_one_error_on_all_ranks_before_weights_change(gangs, hf_models):
+    job = dict(model=hf_models["qwen3"], sequences=[([5, 6], [7, 8]), ([9, 10], [11]), ([299, 12], [13, 14])])
+    for (of_gradient, of_token), is_unchanged in gangs(2).run("tests.test_policy_logprobs:errors_of_nan", **job):
+        assert of_gradient == "the gradient of decoder.final_layernorm.weight is not finite, although those of the loss are"
+        assert "logp is nan at an active token: position 0 in the response of sample g1/0, on rank " in of_token
+        assert is_unchanged
 
 
 def errors_of_a_batch(model: str, sequences: list) -> list[str]:

@@ -21,7 +21,7 @@ from etr_megatron.config import load_config, resolve
 from etr_megatron.planner.parameters import total_parameters
 from etr_megatron.preflight import network
 from etr_megatron.preflight.__main__ import PAIR_TIMEOUT_S, TIMEOUT_S, _checkpoint_bytes
-from etr_megatron.preflight.facts import NodeFacts, collect
+from etr_megatron.preflight.facts import NodeFacts, _memory_needed, collect
 from etr_megatron.preflight.findings import findings, gib, table
 from etr_megatron.preflight.network import _pairs, rounds
 from etr_megatron.weights import read_architecture
@@ -58,6 +58,8 @@ def test_equal_nodes_pass_every_check():
     found = findings([NODE, other(clock=100.02)], token="t", needed_bytes=40 << 30)
     assert {one.state for one in found} == {"ok"}
     assert of([NODE, other()], "devices") == ("ok", "2 nodes of 8 x H100")
+    nodes = [replace(NODE, memory_free=9 << 30, memory_needed=8 << 30), other(memory_free=10 << 30)]
+    assert of(nodes, "host memory") == ("ok", "at least 9.0 GiB free, the job's copies take 8.0 GiB")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_equal_nodes_pass_every_check():
             *("the same data", "FAILED", "data.train differs: 123 on node 0 (a); 124 on node 1 (b)"),
         ),
         ({"servers_error": "no python"}, "rollout servers", "FAILED", "no python on node 1 (b)"),
+        (
+            {"memory_free": 3 << 30, "memory_needed": 4 << 30},
+            *("host memory", "FAILED", "3.0 GiB free, the job's copies take 4.0 GiB on node 1 (b)"),
+        ),
         ({"shm_free": 64 << 20}, "/dev/shm", "warning", "0.1 GiB free on node 1 (b)"),
         ({"open_files": 1024}, "open files", "warning", "1024 on node 1 (b)"),
     ],
@@ -199,10 +205,42 @@ def test_a_run_directory_that_may_not_be_looked_at_has_no_room(tmp_path, monkeyp
     assert facts_of(tmp_path).run_dir_free == 0
 
 
-def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
+ADAPTED = 16 * (32 + 16 + 32 + 16)
+"""Elements of the matrices of q, k and v, of the output, of gate and up, and of down in `small_model`: powers of two."""
+ADAPTED_SIDES = (16 + 16) + 2 * (16 + 8) + (16 + 16) + 3 * (16 + 16)
+"""Rows and columns of all its matrices."""
+PARAMETERS = ADAPTED + 32 * 16 * 2 + 3 * 16 + 2 * 8
+"""All its elements, with the embedding, the head and norms."""
+
+
+def small_model(path):
+    """Describe a Qwen3 of some thousand parameters in `path`."""
     described = json.loads((REPO / "configs" / "models" / "Qwen3-8B" / "config.json").read_text())
     sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
-    (tmp_path / "config.json").write_text(json.dumps({**described, **sizes, "num_hidden_layers": 1}))
+    (path / "config.json").write_text(json.dumps({**described, **sizes, "num_hidden_layers": 1}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], 0),
+        (["checkpoint.asynchronous=true"], (2 + 4 + 8) * PARAMETERS * 3 // 12),
+        (["checkpoint.asynchronous=true", "model.dtype=float32"], (4 + 8) * PARAMETERS * 3 // 12),
+        (["train.distributed_optimizer=true", "train.optimizer_offload=true"], 12 * PARAMETERS * 3 // 12),
+        (["lora.rank=4", "lora.offload_base=false", "checkpoint.asynchronous=true"], (4 + 8) * 4 * ADAPTED_SIDES * 3 // 12),
+        (["lora.rank=4"], 2 * 3 * ADAPTED),
+    ],
+)
+def test_a_node_needs_memory_for_the_copies_of_its_ranks(tmp_path, monkeypatch, overrides, needed):
+    small_model(tmp_path)
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    options = [f"model.path={tmp_path}", "parallel.tp=1", "rollout.prompts_per_step=12", *overrides]
+    assert _memory_needed(resolve(load_config(None, options), 12, cuda=True), 12) == needed
+
+
+def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
+    small_model(tmp_path)
 
     def needed(*more):
         return _checkpoint_bytes(load_config(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}", *more]))
@@ -308,5 +346,5 @@ def test_two_ranks_of_this_machine_pass_and_leave_nothing(tmp_path):
 def test_a_model_that_is_not_there_fails_with_one_sentence(tmp_path):
     done = preflight(tmp_path, f"model.path={tmp_path / 'none'}", nproc=1)
     assert done.returncode != 0
-    assert "error: 1 of 14 checks failed: model" in done.stderr
+    assert "error: 1 of 15 checks failed: model" in done.stderr
     assert "is not a directory" in done.stdout and "Traceback" not in done.stdout

@@ -11,7 +11,7 @@ from etr_megatron.reward import Grade
 from etr_megatron.rollout import UngradedError
 from etr_megatron.rollout.collect import grade_samples, report_errors
 from etr_megatron.types import Problem, Sample
-from tests.test_sampler import Engine, buffer_of, names, through_disk, timer
+from tests.test_sampler import Engine, buffer_of, names, sync, through_disk, timer
 
 OK, LATE, ERROR = Grade(1.0, "ok", ""), Grade(0.0, "timeout", "no grade within 10 s"), Grade(0.0, "error", "it raised KeyError")
 
@@ -58,6 +58,21 @@ def test_what_could_not_be_graded_is_graded_again_once_that_is_mended(status, op
     taken = resumed.take(1, timer)
     assert names(taken) == ["p0", "p1", "p2", "p3"] and not resumed._engine.asked
     assert all(sample.reward_status == "ok" for group in taken.groups for sample in group.samples)
+
+
+def test_answers_that_time_out_for_three_steps_in_a_row_are_graded_again_after_a_restart():
+    buffer = buffer_of(engine := Engine())
+    grade, late = buffer._grader, lambda requests: [LATE] * len(requests)
+    for step, buffer._grader in enumerate((late, late, grade, late, late), 1):
+        buffer.take(step, timer)
+        sync(buffer, engine)
+    buffer._grader = late
+    with pytest.raises(
+        UngradedError, match=r"^reward\.function timed out for all responses of 3 steps in a row; raise reward\.ti"
+    ):
+        buffer.take(6, timer)
+    buffer._grader = grade
+    assert all(sample.reward_status == "ok" for group in buffer.take(6, timer).groups for sample in group.samples)
 
 
 def test_graders_that_can_no_longer_be_started_let_the_run_save_first():

@@ -374,6 +374,19 @@ def test_a_checkpoint_that_is_saved_before_that_is_noticed_asks_again_too(withou
     assert_dialogues(resumed(buffer, again, Environment(), state, **AHEAD).take(2, timer))
 
 
+def test_when_all_calls_time_out_for_three_steps_in_a_row_the_run_ends_and_a_restart_asks_again(without_background):
+    environment, engine = Environment(broken=lambda number: "timeout"), Talker()
+    buffer = buffer_of(engine, environment=environment)
+    for step in (1, 2):
+        buffer.take(step, timer)
+        sync(buffer, engine)
+    with pytest.raises(UngradedError, match=r"^environment\.function timed out for all responses of 3 steps in a row; raise"):
+        buffer.take(3, timer)
+    again = Talker()
+    again.weight_version = 2
+    assert_dialogues(resumed(buffer, again, Environment()).take(3, timer))
+
+
 def test_a_few_failed_calls_end_their_responses_with_a_warning(caplog, without_background):
     environment = Environment(broken=lambda number: "error" if number == 2 else "timeout" if number == 3 else "")
     buffer = buffer_of(Talker(), environment=environment)

@@ -232,6 +232,6 @@ def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path
     finally:
         end(processes)
     said = outputs[0].read_text()
-    assert codes[0] != 0 and "error: 1 of 14 checks failed: run.dir is shared" in said, said
+    assert codes[0] != 0 and "error: 1 of 15 checks failed: run.dir is shared" in said, said
     assert "node 1 (" in said and "cannot see what rank 0 writes there" in said
     assert "1 pairs, median " in said and " GB/s" in said

@@ -17,6 +17,7 @@ from typing import Any
 from etr_megatron.checkpoint.checkpoint import Unwritten, prepare, save
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import disk_full_behind, no_room
 from etr_megatron.platform.phases import Phases
 from etr_megatron.policy import Policy
 
@@ -134,7 +135,9 @@ class _Pending:
             try:
                 writers.meet(what)
             except Exception as error:
-                self._end(error)  # torch's next collective would first wait once more for the missing rank
+                full = disk_full_behind(error)  # of this rank, before it met the others
+                told = type(error)(f"{error}; besides, {unwritten.checkpoints}: {no_room(full)}") if full else error
+                self._end(told)  # torch's next collective would first wait once more for the missing rank
                 raise
 
         def write() -> None:

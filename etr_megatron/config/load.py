@@ -96,6 +96,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             value = {**getattr(section, setting.name), setting.entry: value}
             earlier = sources.get(setting.key, source)
             source = earlier if earlier.endswith(source) else f"{earlier}, {source}"
+        elif isinstance(value, dict):
+            sources |= {f"{setting.key}.{entry}": source for entry in value}
         config = replace(config, **{setting.section: replace(section, **{setting.name: value})})
         sources[setting.written], sources[setting.key] = setting.source, source
         if setting.source == OVERRIDE and setting.entry is None:  # even if the file's value could not be read

@@ -22,15 +22,15 @@ class MegatronField:
 
     hint: its type: bool, int, a Literal of texts, or a tuple of one. text: what it does, in markdown. gpu: whether it needs
     Transformer Engine's layers, unless it is false (see `needs_gpu`). with_field: another field, and its value without which
-    Megatron ignores this one. with_key: a switch of the config without which it has no effect. experts: whether only models
-    with experts have a use for it. of: see `Owner`.
+    Megatron ignores this one. void_at: a key of the config, and its value with which this field has no effect. experts: whether
+    only models with experts have a use for it. of: see `Owner`.
     """
 
     hint: Any
     text: str
     gpu: bool = False
     with_field: tuple[str, str | bool] | None = None
-    with_key: str | None = None
+    void_at: tuple[str, str | int | bool] | None = None
     experts: bool = False
     of: Owner = "model"
 
@@ -63,6 +63,7 @@ FIELDS: dict[str, MegatronField] = {
         bool,
         "spread kept inputs over tensor-parallel ranks (sequence parallelism does so by itself)",
         with_field=("recompute_granularity", "full"),
+        void_at=("parallel.tp", 1),
     ),
     "cpu_offloading": MegatronField(
         bool,
@@ -80,20 +81,26 @@ FIELDS: dict[str, MegatronField] = {
     "bias_activation_fusion": MegatronField(bool, "one kernel for the gate of an MLP (on with Transformer Engine)"),
     "bias_dropout_fusion": MegatronField(bool, "one kernel for the residual sum (on with Transformer Engine)"),
     "clone_scatter_output_in_embedding": MegatronField(
-        bool, "with sequence parallelism: copy the embedding's output, so that the whole one can be freed (on)"
+        bool,
+        "copy this rank's part of the embedding's output, so that the whole one can be freed (on)",
+        void_at=("parallel.sequence_parallel", False),
     ),
     "deterministic_mode": MegatronField(
         bool,
         "a deterministic backward pass of the embedding and, by the environment variable NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 "
         "that it needs on a GPU, of attention; outputs of experts are still added up in any order",
     ),
-    "disable_bf16_reduced_precision_matmul": MegatronField(bool, "sum products of bfloat16 in float32 only", gpu=True),
-    "disable_parameter_transpose_cache": MegatronField(bool, "with FP8: transpose weights anew in every pass", gpu=True),
+    "disable_bf16_reduced_precision_matmul": MegatronField(
+        bool, "sum products of bfloat16 in float32 only", gpu=True, void_at=("model.dtype", "float32")
+    ),
+    "disable_parameter_transpose_cache": MegatronField(
+        bool, "transpose weights anew in every pass", gpu=True, void_at=("fp8.recipe", "none")
+    ),
     "deallocate_pipeline_outputs": MegatronField(
-        bool, "with a pipeline without `parallel.vpp`: free a stage's output once it has been sent"
+        bool, "free a stage's output once it has been sent (not with `parallel.vpp`)", void_at=("parallel.pp", 1)
     ),
     "overlap_p2p_comm_warmup_flush": MegatronField(
-        bool, "with `parallel.vpp`: overlap messages with computation in warm-up and flush, too"
+        bool, "overlap messages with computation in warm-up and flush, too", void_at=("parallel.vpp", 1)
     ),
     "moe_permute_fusion": MegatronField(bool, "one kernel to sort tokens by expert", gpu=True, experts=True),
     "moe_router_fusion": MegatronField(
@@ -112,28 +119,32 @@ FIELDS: dict[str, MegatronField] = {
         int, "multiprocessors for DeepEP (20)", gpu=True, with_field=("moe_token_dispatcher_type", "flex"), experts=True
     ),
     "moe_hybridep_num_sms": MegatronField(
-        int, "multiprocessors for HybridEP (16)", gpu=True, with_field=("moe_token_dispatcher_type", "flex"), experts=True
+        int,
+        "multiprocessors for HybridEP (16)",
+        gpu=True,
+        with_field=("moe_flex_dispatcher_backend", "hybridep"),
+        experts=True,
     ),
     "bucket_size": MegatronField(
         int,
         "weights per reduction of gradients (40,000,000; a million per rank, if that is more)",
-        with_key="train.overlap_grad_reduce",
+        void_at=("train.overlap_grad_reduce", False),
         of="ddp",
     ),
     "pad_buckets_for_high_nccl_busbw": MegatronField(
-        bool, "pad reductions to multiples of 65,536 weights", with_key="train.distributed_optimizer", of="ddp"
+        bool, "pad reductions to multiples of 65,536 weights", void_at=("train.distributed_optimizer", False), of="ddp"
     ),
     "reduce_scatter_with_fp32_accumulation": MegatronField(
         bool,
         "send gradients in `train.grads_dtype` and sum them in float32",
-        with_key="train.distributed_optimizer",
+        void_at=("train.distributed_optimizer", False),
         of="ddp",
     ),
     "pin_cpu_grads": MegatronField(
-        bool, "pinned memory for gradients (on)", gpu=True, with_key="train.optimizer_offload", of="optimizer"
+        bool, "pinned memory for gradients (on)", gpu=True, void_at=("train.optimizer_offload", False), of="optimizer"
     ),
     "pin_cpu_params": MegatronField(
-        bool, "pinned memory for weights (on)", gpu=True, with_key="train.optimizer_offload", of="optimizer"
+        bool, "pinned memory for weights (on)", gpu=True, void_at=("train.optimizer_offload", False), of="optimizer"
     ),
 }
 """The fields that `train.megatron` may set: they change the speed and the memory of training, and its numbers by rounding."""

@@ -90,9 +90,12 @@ def _type(hint: Any) -> str:
 
 def _needs(field: MegatronField) -> str:
     """What a field is refused without."""
-    names = [name for name in (field.condition, field.with_key) if name]
-    kinds = [kind for kind, is_needed in (("a GPU", field.gpu), ("experts", field.experts)) if is_needed]
-    return ", ".join([*(f"`{name}`" for name in names), *kinds])
+    needs = [f"`{field.condition}`"] if field.condition else []
+    if field.void_at is not None:
+        key, value = field.void_at
+        needs.append(f"`{key}`" if value is False else f"`{key}` other than `{value}`")
+    needs += [kind for kind, is_needed in (("a GPU", field.gpu), ("experts", field.experts)) if is_needed]
+    return ", ".join(needs)
 
 
 def _yaml(value: Any) -> str:

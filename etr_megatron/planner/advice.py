@@ -79,7 +79,7 @@ def _with_adapters(config: Config) -> tuple[str, Config]:
     train |= {"grads_dtype": "float32", "optimizer_offload": False, "moe_freeze_router": False}
     train = {key: value for key, value in train.items() if getattr(config.train, key) != value}
     reset = [f"train.{key}" for key in train]
-    train |= _without_fields(config, [name for name, field in FIELDS.items() if field.with_key in reset])
+    train |= _without_fields(config, [name for name, field in FIELDS.items() if field.void_at and field.void_at[0] in reset])
     lora = replace(config.lora, rank=ADAPTERS_RANK)
     fp8: dict[str, Any] = {"param": False} if config.fp8.param else {}
     texts = [f"lora.rank={ADAPTERS_RANK}", *filter(None, (_overrides("train", train), _overrides("fp8", fp8)))]

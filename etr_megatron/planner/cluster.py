@@ -159,8 +159,8 @@ def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -
     return Cluster(gpus, gpus_per_node, ranks, servers, sglang.tp, dedicated_nodes=apart, nodes_per_server=span)
 
 
-def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:
-    """The layout of the ranks; config must be resolved for `cluster.ranks`. Context-parallel ranks count as data-parallel."""
+def training_layout(config: Config, ranks: int) -> TrainingLayout:
+    """The layout of the ranks; config must be resolved for `ranks`. Context-parallel ranks count as data-parallel."""
     from etr_megatron.weights import TrainingLayout  # imports torch, which would delay errors in options
 
     parallel = config.parallel
@@ -168,7 +168,7 @@ def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:
     return TrainingLayout(
         tp=parallel.tp,
         pp=parallel.pp,
-        dp=cluster.ranks // (parallel.tp * parallel.pp),
+        dp=ranks // (parallel.tp * parallel.pp),
         ep=parallel.ep,
         etp=parallel.etp,
         vpp=parallel.vpp,

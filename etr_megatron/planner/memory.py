@@ -173,7 +173,7 @@ def rank_memory(
     arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: Sequence[RankAdapters]
 ) -> list[RankMemory]:
     """Memory of every rank. adapters: one entry per rank. Raises ValueError if the layout does not fit the architecture."""
-    layout = training_layout(config, cluster)
+    layout = training_layout(config, cluster.ranks)
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
     element = element_bytes(config)

@@ -14,7 +14,8 @@ from etr_megatron.planner.adapters import RankAdapters, adapters_by_rank, total_
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, training_layout
 from etr_megatron.planner.hardware import H100, Hardware
-from etr_megatron.planner.memory import RankMemory, ServerMemory, element_bytes, rank_memory, server_memory, usable
+from etr_megatron.planner.host import snapshot_bytes
+from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
 from etr_megatron.planner.recompute import uncounted
 from etr_megatron.planner.speed import StepTime, step_time
@@ -65,12 +66,9 @@ class Plan:
 
     @property
     def snapshot_on_host(self) -> int:
-        """Bytes of the copy that `checkpoint.asynchronous` makes of weights, fp32 weights and Adam's moments, on the node with
-        the most ranks, if all ranks copy equal parts; 0 without it."""
-        if not self.config.checkpoint.asynchronous:
-            return 0
-        elements, element = (self.adapters, 4) if self.config.lora.rank else (self.parameters, element_bytes(self.config))
-        return elements * (element + 12) * min(self.cluster.ranks_per_node, self.cluster.ranks) // self.cluster.ranks
+        """Bytes of the copy that `checkpoint.asynchronous` makes on the node with the most ranks; 0 without it."""
+        ranks = self.cluster.ranks
+        return snapshot_bytes(self.config, self.arch, min(self.cluster.ranks_per_node, ranks), ranks)
 
     @property
     def cache_samples(self) -> int:
@@ -157,7 +155,7 @@ def make_plan(
             check_served(config.model.path, arch, config.sglang)
         server = server_memory(arch, config, cluster, gpu_memory)
         low_rank = LowRank.of(config.lora)
-        adapters = adapters_by_rank(arch, training_layout(config, cluster), low_rank)
+        adapters = adapters_by_rank(arch, training_layout(config, cluster.ranks), low_rank)
         ranks = rank_memory(arch, config, cluster, work, server, adapters)
     except ValueError as error:
         raise UserError(f"{config.model.path} cannot be split as configured: {error}") from None

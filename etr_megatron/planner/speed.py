@@ -71,7 +71,7 @@ def step_time(
     efficiency = gpu.dense_efficiency if arch.experts is None else gpu.expert_efficiency
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
-    passes = 3 + Recomputation.of(config.train).share(arch, training_layout(config, cluster))
+    passes = 3 + Recomputation.of(config.train).share(arch, training_layout(config, cluster.ranks))
     heads = _head_products(config)
     forward = (body / fp8 + head) / rate
     model_bytes = total_parameters(arch) * element_bytes(config)

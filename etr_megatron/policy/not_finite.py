@@ -1,4 +1,4 @@
-"""Report NaN or infinity at an active token, with sample, position and rank."""
+"""Report NaN or infinity: at an active token, with sample, position and rank, or else in a gradient of a weight."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from etr_megatron import platform
 from etr_megatron.errors import UserError
 from etr_megatron.objective import LossInputs
+from etr_megatron.platform.together import together
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
 
@@ -97,3 +100,29 @@ def refuse_not_finite(watches: Sequence[RowWatch]) -> None:
     for watch, is_broken in zip(watches, torch.stack([one.marks() for one in watches]).any(1).tolist(), strict=True):
         if is_broken:
             watch.refuse()
+
+
+def refuse_gradients_not_finite(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Raise RuntimeError on every rank if a rank's reduced gradients are not finite, with the name of the first. A collective;
+    reads once from the device.
+
+    Megatron's own check (`check_for_nan_in_grad`) reads twice per bucket. With `train.overlap_grad_reduce` it does so in the
+    backward pass, so that a rank that NaN has travelled to would end before another rank could name the token.
+    """
+    groups = [group for chunk in chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    norms = [bucket.grad_data.norm().float() for group in groups for bucket in group.buckets]
+    is_broken = torch.zeros((), dtype=torch.int32, device=platform.device())
+    if norms:
+        is_broken = (~torch.isfinite(torch.stack(norms))).any().int()
+    dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
+    if is_broken.item():
+        together(lambda: _refuse_gradients(chunks))
+        raise RuntimeError("the norm of the weights' gradients is not finite")
+
+
+def _refuse_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.module.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                raise RuntimeError(f"the gradient of {name} is not finite, although those of the loss are")

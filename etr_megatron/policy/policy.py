@@ -38,6 +38,7 @@ from etr_megatron.policy.megatron_fields import complaints_about
 from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import configured_transformer
+from etr_megatron.policy.not_finite import refuse_gradients_not_finite
 from etr_megatron.policy.optimizer import build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
@@ -181,7 +182,7 @@ class Policy:
             try_rows=self._check_additivity,
         )
         self._megatron.finalize_model_grads_func = partial(self._finalize_gradients, loss)
-        with self._replaying(micro, batch.routing), loss.named_first():
+        with self._replaying(micro, batch.routing):
             outputs = run_schedule(self._ddp, micro, loss, forward_only=False)
         self._megatron.finalize_model_grads_func = None  # holds the step's inputs
         _, grad_norm, _ = self.optimizer.step()
@@ -247,6 +248,7 @@ class Policy:
         loss.refuse_not_finite()
         self.adapters.sum_gradients(model)
         finalize_model_grads(model, None, **options)
+        refuse_gradients_not_finite(self._ddp)
 
     def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""

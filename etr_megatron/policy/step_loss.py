@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,23 +90,12 @@ class StepLoss:
         """Raise the errors of `not_finite.refuse_not_finite` on every rank if there is one on any. A collective.
 
         NaN travels from the rank of a bad token to others, backwards through the pipeline and between context-parallel ranks.
-        There it would be an error of Megatron, which names no token.
+        There it would be found in gradients only, without a token.
         """
         is_broken = any_not_finite(self._watches)
         dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
         if is_broken.item():
             together(lambda: refuse_not_finite(self._watches))
-
-    @contextmanager
-    def named_first(self) -> Iterator[None]:
-        """Context for all passes: if Megatron finds a gradient that is not finite, raise this rank's error of the token that
-        caused it instead, if there is one. With `train.overlap_grad_reduce` Megatron looks before the last pass has ended."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "local grad norm" in str(error):
-                refuse_not_finite(self._watches)
-            raise
 
     @staticmethod
     def read(outputs: Sequence[tuple[Tensor, DiagnosticSums]]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import sys
@@ -114,9 +113,10 @@ def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> An
 
 def _checkpoint_bytes(config: Config) -> int:
     """Bytes of the kept checkpoints plus the one being written, minus the run's existing checkpoints, so that a resumed run is
-    not refused. A checkpoint has weights, fp32 weights if the weights are not fp32, and Adam's two moments."""
+    not refused."""
     from etr_megatron.observe import RunDirectory
-    from etr_megatron.weights import read_architecture, weights_of
+    from etr_megatron.planner.host import checkpoint_bytes
+    from etr_megatron.weights import read_architecture
 
     if config.model.path == "tiny" or not config.checkpoint.every:
         return 0
@@ -124,8 +124,7 @@ def _checkpoint_bytes(config: Config) -> int:
         architecture = read_architecture(config.model.path)
     except UserError:
         return 0  # reported by the model's own check
-    elements = sum(math.prod(shape) for weight in weights_of(architecture) for shape in weight.shapes)
-    one = elements * (12 if config.model.dtype == "float32" else 14)
+    one = checkpoint_bytes(config, architecture)
     folder = RunDirectory(Path(config.run.dir) / config.run.name).checkpoints
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return max(one, one * (config.checkpoint.keep + config.checkpoint.keep_best + 1) - there)

@@ -43,6 +43,7 @@ class NodeFacts:
 
     number: torchrun's GROUP_RANK. clock: the node's time() right after all ranks met. versions: package -> version, "-" if not
     installed. devices: name of each GPU, empty on CPU. run_dir_free, shm_free: free space for `run.dir` and in /dev/shm.
+    memory_free: memory that new processes can use. memory_needed: what copies take that the job's ranks keep on this node.
     open_files: limit of this process. token: content of rank 0's file in `run.dir`, "" if the node does not see the file.
     model: digest of every file of the model, by name. model_error: why the model cannot be used, or "".
     data: digest of every data file, by config key. data_error: why the data or one of the user's functions cannot be used, or
@@ -57,6 +58,8 @@ class NodeFacts:
     devices: tuple[str, ...] = ()
     run_dir_free: int = 0
     shm_free: int = 0
+    memory_free: int = 0
+    memory_needed: int = 0
     open_files: int = 0
     token: str = ""
     model: dict[str, str] = field(default_factory=dict)
@@ -86,6 +89,8 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
         devices=tuple(torch.cuda.get_device_name(device) for device in range(count)),
         run_dir_free=_free(Path(config.run.dir)),
         shm_free=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        memory_free=_memory_free(),
+        memory_needed=_memory_needed(config, world_size),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         token=_read_token(token_file),
         model=model,
@@ -111,6 +116,30 @@ def _free(path: Path) -> int:
         return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
     except OSError:
         return 0  # raising here would leave the other nodes waiting for this one's facts
+
+
+def _memory_free() -> int:
+    """Linux's MemAvailable: free memory, and what caches of files can give back. On other systems all of the memory."""
+    if not Path("/proc/meminfo").exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _memory_needed(config: Config, world_size: int) -> int:
+    """See `host_bytes`; 0 on nodes that do not train, and for a model that another check refuses."""
+    from etr_megatron.checks import nodes_apart
+    from etr_megatron.planner.host import host_bytes
+    from etr_megatron.weights import read_architecture
+
+    if config.model.path == "tiny" or number_apart(nodes_apart(config)) is not None:
+        return 0
+    first = int(os.environ.get("RANK", "0"))
+    try:
+        node = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return host_bytes(config, read_architecture(config.model.path), node, world_size)
+    except (UserError, ValueError):
+        return 0
 
 
 def _read_token(file: Path, wait_s: float = 5.0) -> str:

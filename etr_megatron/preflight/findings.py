@@ -43,6 +43,7 @@ def findings(nodes: Sequence[NodeFacts], *, token: str, needed_bytes: int) -> li
         ),
         _same(nodes, "the same data", lambda node: node.data),
         _each(nodes, "rollout servers", lambda node: not node.servers_error, lambda node: node.servers_error or "-", "FAILED"),
+        host_memory(nodes),
         _each(nodes, "/dev/shm", lambda node: node.shm_free >= SHM_BYTES, lambda node: f"{gib(node.shm_free)} free", "warning"),
         _each(nodes, "open files", lambda node: node.open_files >= OPEN_FILES, lambda node: f"{node.open_files}", "warning"),
     ]
@@ -83,6 +84,17 @@ def shared_directory(nodes: Sequence[NodeFacts], token: str) -> Finding:
     if blind:
         return Finding("run.dir is shared", "FAILED", f"{', '.join(blind)} cannot see what rank 0 writes there")
     return Finding("run.dir is shared", "ok", f"all {len(nodes)} nodes see it")
+
+
+def host_memory(nodes: Sequence[NodeFacts]) -> Finding:
+    """Every node has room for the copies that the job keeps there."""
+    lacking = [node for node in nodes if node.memory_free < node.memory_needed]
+    if lacking:
+        copies = _by(lacking, lambda node: f"{gib(node.memory_free)} free, the job's copies take {gib(node.memory_needed)}")
+        return Finding("host memory", "FAILED", _spell(copies))
+    most = max(node.memory_needed for node in nodes)
+    copies_take = f", the job's copies take {gib(most)}" if most else ""
+    return Finding("host memory", "ok", f"at least {gib(min(node.memory_free for node in nodes))} free{copies_take}")
 
 
 def table(found: Sequence[Finding]) -> str:

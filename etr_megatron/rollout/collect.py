@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
@@ -29,6 +30,35 @@ def saved_first() -> Iterator[None]:
         yield
     except UserError as error:
         raise UngradedError(str(error)) from error
+
+
+LATE_STEPS = 3
+"""Steps in a row of which all calls may time out; the last of them stops the run. A shared judge or tool may be slow for a
+while."""
+
+
+class LateSteps:
+    """Stops a run if the calls of a user's function time out for all responses of `LATE_STEPS` steps in a row: there is nothing
+    to learn. In the steps before, `report_errors` and `Dialogues.report` have warned."""
+
+    def __init__(self, section: Literal["reward", "environment"]) -> None:
+        """section: of the function, in the config."""
+        self._section = section
+        self._last: int | None = None  # the last step with another response, or the one before the first step
+
+    def check(self, step: int, statuses: Iterable[str | None]) -> None:
+        """Raise UngradedError if this is the last of these steps. May be called several times in a step. statuses: of the last
+        call for each response, None without one."""
+        found = set(statuses)
+        if self._last is None:
+            self._last = step - 1
+        if found != {"timeout"}:
+            self._last = step if found else self._last
+        elif step - self._last >= LATE_STEPS:
+            raise UngradedError(
+                f"{self._section}.function timed out for all responses of {LATE_STEPS} steps in a row; raise "
+                f"{self._section}.timeout_s, or make the function, or what it calls, faster"
+            )
 
 
 def generate_groups(
@@ -100,7 +130,7 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     """Log a warning about answers that could not be graded, with the reason of the first. grades: a step's (grade, problem id).
 
     Raises UngradedError when no answer could be graded: a reward function that always fails must not look like a policy that is
-    always wrong. If all answers timed out, it only warns: a shared judge may be faster at the next step.
+    always wrong. If all answers timed out, it only warns: a shared judge may be faster at the next step (see `LateSteps`).
     """
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
     late = [grade for grade, _ in grades if grade.status == "timeout"]

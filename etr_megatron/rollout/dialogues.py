@@ -66,7 +66,7 @@ class _Outcomes:
 
     @property
     def is_broken(self) -> bool:
-        """Whether no call succeeded. False if all timed out: the environment may be faster at the next step."""
+        """Whether no call succeeded. False if all timed out: the environment may be faster at the next step (`LateSteps`)."""
         calls = self.status.total()
         return self.status["error"] > 0 and self.failed == calls and (calls >= _FEW or not self.worked)
 

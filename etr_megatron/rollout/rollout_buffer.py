@@ -19,7 +19,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
-from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
+from etr_megatron.rollout.collect import Decode, Grader, LateSteps, UngradedError, grade_samples, report_errors
 from etr_megatron.rollout.engine import (
     LOOK_S,
     Draw,
@@ -73,6 +73,7 @@ class RolloutBuffer:
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
         self._grades: list[tuple[Grade, str]] = []  # of the step
+        self._late_calls, self._late_grades = LateSteps("environment"), LateSteps("reward")
         self._given_up = ""  # why the last group was given up
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
@@ -98,8 +99,11 @@ class RolloutBuffer:
         grades, self._grades = self._grades, []
         try:
             report_errors(grades)
+            self._late_grades.check(step, (grade.status for grade, _ in grades))
             if self._dialogues is not None:
-                self._dialogues.report(self, _complete(self._groups))
+                complete = _complete(self._groups)
+                self._dialogues.report(self, complete)
+                self._late_calls.check(step, (sample.environment_status for sample in complete))
         except UngradedError:
             _forget_failures(self._groups)
             raise

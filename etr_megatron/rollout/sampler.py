@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from etr_megatron.config import Config
 from etr_megatron.data import AnyCursor
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.collect import Decode, Grader, grade_groups
+from etr_megatron.rollout.collect import Decode, Grader, LateSteps, grade_groups
 from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
@@ -127,6 +127,7 @@ class RoundSampler:
         """dialogues: on rank 0, if there is an environment."""
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
         self._dialogues = dialogues
+        self._late_calls, self._late_grades = LateSteps("environment"), LateSteps("reward")
         self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step begun, and the cursor's state before it
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
@@ -146,8 +147,11 @@ class RoundSampler:
                 groups = draw_groups(
                     self._engine, problems, sampling, self._dialogues, must_stop, has_turns=has_turns, earlier=asked
                 )
+            samples = [sample for group in groups for sample in group.samples]
+            self._late_calls.check(step, (sample.environment_status for sample in samples))
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
+            self._late_grades.check(step, (sample.reward_status for sample in samples))
             asked += groups
             missing -= sum(not (dynamic and group.is_flat) for group in groups)
         return chosen(asked, wanted, dynamic=dynamic)

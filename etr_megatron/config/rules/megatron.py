@@ -23,8 +23,12 @@ def megatron(config: Config) -> Iterator[Violation]:
         field = FIELDS[name]
         if field.with_field is not None and given.get(field.with_field[0]) != field.with_field[1]:
             yield Violation((key,), f"has no effect without {KEY}.{field.condition}; set that as well, or remove it")
-        if field.with_key is not None and not get(config, field.with_key):
-            yield Violation((key, field.with_key), f"needs {field.with_key}; set that to true, or remove it")
+        if field.void_at is not None and get(config, field.void_at[0]) == field.void_at[1]:
+            switch = field.void_at[0]
+            yield Violation((key, switch), f"the field has no effect with this {switch}; change that, or remove the field")
+    if "moe_deepep_num_sms" in given and given.get("moe_flex_dispatcher_backend") == "hybridep":
+        keys = (f"{KEY}.moe_deepep_num_sms", f"{KEY}.moe_flex_dispatcher_backend")
+        yield Violation(keys, "DeepEP's number has no effect on HybridEP; remove it, or set moe_hybridep_num_sms")
     if config.train.recompute != "none" and (names := [name for name in given if name in RECOMPUTATION]):
         yield Violation(
             (f"{KEY}.{names[0]}", "train.recompute"),
