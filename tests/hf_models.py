@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,9 @@ def random_sequences(count: int = 7, seed: int = 0, vocab: int = VOCAB) -> list[
 
     pairs = [(tokens(1, 19), tokens(1, 31)) for _ in range(count - 1)]
     return [*pairs, (tokens(40, 60), tokens(1, 2))]
+
+
+def in_turn(families: Sequence[str], layouts: Iterable[str]) -> list[tuple[str, str]]:
+    """(family, layout): the first family in every layout, the others one after the other, a layout each."""
+    first, *others = families
+    return [(family, layout) for number, layout in enumerate(layouts) for family in (first, others[number % len(others)])]

@@ -145,6 +145,8 @@ LAYOUTS = {
     "pp2uneven": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1"]),
 }
 ONLY_OF = {
+    "tp2": ("llama", "qwen3_yarn", "qwen3_moe", "deepseek_v3"),
+    "pp2": ("qwen3", "qwen3_tied", "qwen3_moe_dense", "glm4_moe"),
     "ep2": WITH_EXPERTS,
     "pp2vpp2": ("llama", "qwen3_moe"),
     "pp2uneven": ("qwen2", "qwen3_moe_dense"),

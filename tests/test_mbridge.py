@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.hf_models import WITH_EXPERTS
+from tests.hf_models import WITH_EXPERTS, in_turn
 
 # mbridge is in the test extra. The ranks import it, because megatron.core has to be prepared first.
 
@@ -13,15 +13,18 @@ LAYOUTS = {
     "tp1": (1, ["parallel.tp=1"]),
     "tp2": (2, ["parallel.tp=2"]),
     "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
-}
-MIXTURES = {
-    **LAYOUTS,
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "tp2_ep2_etp1": (2, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]),
 }
+DENSE, WITHOUT_EXPERTS = ("qwen3", "llama", "qwen2", "qwen3_tied"), ("tp1", "tp2", "pp2")
 CASES = [
-    *((family, world, layout) for family in ("llama", "qwen2", "qwen3", "qwen3_tied") for world, layout in LAYOUTS.values()),
-    *((family, world, layout) for family in WITH_EXPERTS for world, layout in MIXTURES.values()),
+    (family, *LAYOUTS[layout])
+    for family, layout in [
+        *in_turn(DENSE, WITHOUT_EXPERTS),
+        *((family, layout) for family in WITH_EXPERTS for layout in ("tp2", "pp2", "tp2_ep2_etp1")),
+        ("qwen3_moe", "tp1"),
+        ("qwen3_moe", "ep2"),
+    ]
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.gang import Gangs
-from tests.hf_models import random_sequences, write_model
+from tests.hf_models import WITH_EXPERTS, in_turn, random_sequences, write_model
 from tests.test_policy_training import BASE, assert_same_run
 
 VPP2 = ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]
@@ -89,8 +89,14 @@ def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
     return gangs(world).run("tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides])
 
 
-@pytest.mark.parametrize("layout", [*CHUNKS, *CONTEXT])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *(("qwen3", layout) for layout in (*CHUNKS, *CONTEXT)),
+        # Its projections have biases.
+        *(("qwen2", layout) for layout in ("pp2_vpp2_tp2_full_recompute", "pp3_uneven", "cp2_tp2_sp")),
+    ],
+)
 def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models, single, family, layout):
     world, overrides = {**CHUNKS, **CONTEXT}[layout]
     for found in run(gangs, hf_models[family], world, overrides):
@@ -98,8 +104,7 @@ def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(("family", "layout"), in_turn(WITH_EXPERTS, MIXTURES))
 def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]
     for found in run(gangs, hf_models[family], world, overrides):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.hf_models import random_sequences
+from tests.hf_models import in_turn, random_sequences
 
 # With an epsilon of 1, Adam's step is g / (|g| + 1) times the learning rate, about the gradient itself. Weights after an update
 # then compare gradients one to one; the usual epsilon would turn rounding into a full step wherever a gradient is zero.
@@ -101,7 +101,7 @@ LATENT = ("tp2_sp_etp1_selective_recompute", "tp2_sp_ep2_etp1_full_recompute", "
 @pytest.mark.parametrize(
     ("family", "split"),
     [
-        *((family, split) for family in ("qwen3_moe", "qwen3_moe_dense", "glm4_moe") for split in MIXTURES),
+        *in_turn(("qwen3_moe", "glm4_moe", "qwen3_moe_dense"), MIXTURES),
         *(("deepseek_v3", split) for split in LATENT),
     ],
 )
