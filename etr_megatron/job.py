@@ -95,6 +95,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     from etr_megatron.ending import Ending
     from etr_megatron.policy import Policy, configured_layout
     from etr_megatron.policy.fp8 import require_fp8
+    from etr_megatron.policy.packed_attention import require_packed_attention
     from etr_megatron.problem_sets import open_sets
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.stops import StopStrings
@@ -107,7 +108,9 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting,
     # so the others cannot stop there with a checkpoint.
     stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
-    require_fp8(config.fp8)  # before spending minutes on server startup
+    # Before spending minutes on server startup.
+    require_fp8(config.fp8)
+    require_packed_attention(config.train.megatron)
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer, config.rollout.stop_tokens)

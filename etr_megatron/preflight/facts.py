@@ -25,6 +25,7 @@ PACKAGES = (
     "transformers",
     "transformer-engine",
     "apex",
+    "flash-attn",
     "sglang",
     "triton",
     "safetensors",
