@@ -108,8 +108,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting,
     # so the others cannot stop there with a checkpoint.
     stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
-    # Before spending minutes on server startup.
-    require_fp8(config.fp8)
+    require_fp8(config.fp8)  # this and the next before spending minutes on server startup
     require_packed_attention(config.train.megatron)
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)

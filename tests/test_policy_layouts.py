@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 
 from tests.gang import Gangs
 from tests.hf_models import WITH_EXPERTS, in_turn, random_sequences, write_model
+from tests.policy_jobs import build, make_batch
 from tests.test_policy_training import BASE, assert_same_run
 
 VPP2 = ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]
@@ -109,6 +113,32 @@ def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]
     for found in run(gangs, hf_models[family], world, overrides):
         assert_same_run(found, single(family))
+
+
+def messages_of_an_update(model: str, overrides: list[str]) -> list[tuple[list, list]]:
+    """Of every message of an update: the shapes that this stage expects, and those that Megatron's stages tell each other."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from etr_megatron.policy.stage_messages import StageMessages
+
+    known, seen = StageMessages._communicate_shapes, []
+
+    def both(self: Any, *given: Any) -> tuple[list | None, list | None]:
+        expected, told = known(self, *given), P2PCommunicator._communicate_shapes(self, *given)
+        seen.append(([one or [0, 0, 0] for one in expected], [*told]))
+        return expected
+
+    with mock.patch.object(StageMessages, "_communicate_shapes", both):
+        build(model, overrides).update(make_batch(random_sequences()))
+    return seen
+
+
+@pytest.mark.parametrize("overrides", [["parallel.vpp=1"], ["parallel.vpp=2"]])
+def test_stages_know_the_shapes_of_their_messages(gangs, hf_models, overrides):
+    job = dict(model=hf_models["qwen3"], overrides=["parallel.tp=1", "parallel.pp=2", *overrides, SMALL])
+    for seen in gangs(2).run("tests.test_policy_layouts:messages_of_an_update", **job):
+        assert all(expected == told for expected, told in seen)
+        assert len({tuple(shape) for expected, _ in seen for shape in expected}) > 2
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from etr_megatron.policy.model import forget_routing
 from etr_megatron.policy.packing import Microbatch
+from etr_megatron.policy.stage_messages import StageMessages, process_groups
 
 
 def run_schedule(
@@ -42,6 +44,12 @@ def run_schedule(
         return hidden, partial(then, number)
 
     interleaved = len(chunks) > 1
+    config = get_model_config(chunks[0])
+    messages = {}
+    if config.pipeline_model_parallel_size > 1:
+        parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        rows = [batch.tokens.shape[1] // parts for batch in micro]
+        messages = dict(p2p_communicator=StageMessages(config, rows, len(chunks)), pg_collection=process_groups())
     found = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[enumerate(micro) for _ in chunks] if interleaved else enumerate(micro),
@@ -51,6 +59,7 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        **messages,
     )
     for chunk in chunks:
         forget_routing(chunk)
