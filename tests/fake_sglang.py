@@ -103,6 +103,7 @@ class State:
         self.model: Any = None
         self.aborted: set[str] = set()
         self.rids: list[str | None] = []  # of `prompts`
+        self.ranks: list[int | None] = []  # the attention groups of `prompts`
         self.running: set[str] = set()
         self.waiting: set[str] = set()
         self.prompts: list[list[int]] = []  # in the order received
@@ -131,6 +132,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         STATE.prompts.append(body["input_ids"])
         STATE.prompt_versions.append(STATE.version)
         STATE.rids.append(body.get("rid"))
+        STATE.ranks.append(body.get("routed_dp_rank"))
     _act("generate", number)
     if number == BEHAVIOUR.get("die_once", [None])[0]:
         with contextlib.suppress(FileExistsError):
@@ -287,7 +289,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/model_info":
         return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/state":
-        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "most_payload_bytes")
+        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "ranks", "most_payload_bytes")
         said = {name: getattr(STATE, name) for name in names}
         said |= {"aborted": list(filter(None, STATE.aborted)), "waiting": len(STATE.waiting)}
         return 200, said | {"pid": os.getpid()}
