@@ -14,9 +14,9 @@ is cut off or this is taken back; `waiting` in /state counts them), odd_pause_at
 stops at this generate request; with hang_at only the request waits), die_once (a number and a file: dies at this generate
 request unless another server has made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with
 weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
-every token), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves out routed experts
-although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless (accepts no weights;
-starts at once, without torch).
+every token; a list: by attention group), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves
+out routed experts although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless
+(accepts no weights; starts at once, without torch).
 POST /behave changes them in a running server; die_in and stop_in there count from the next request.
 """
 
@@ -104,8 +104,7 @@ class State:
         self.aborted: set[str] = set()
         self.rids: list[str | None] = []  # of `prompts`
         self.ranks: list[int | None] = []  # the attention groups of `prompts`
-        self.running: set[str] = set()
-        self.waiting: set[str] = set()
+        self.running, self.waiting = set[str](), set[str]()
         self.prompts: list[list[int]] = []  # in the order received
         self.prompt_versions: list[str] = []  # weight version when each was received
         self.origin: dict[int, list[int]] = {}  # seed -> the first prompt that had it
@@ -159,8 +158,10 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
+    said = BEHAVIOUR.get("logprob", -0.5)
+    logprob = said[body["routed_dp_rank"]] if isinstance(said, list) else said
     meta = {
-        "output_token_logprobs": [[BEHAVIOUR.get("logprob", -0.5), token, None] for token in ids],
+        "output_token_logprobs": [[logprob, token, None] for token in ids],
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }

@@ -16,7 +16,7 @@ import httpx
 from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
+from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
@@ -294,16 +294,20 @@ class Control:
 
         await self.fleet.for_all(one)
 
-    def probe(self, temperature: float) -> dict[str, Generated]:
-        """Server -> what it generates for a fixed prompt. Raises EngineGoneError when no server is left."""
+    def probe(self, temperature: float) -> dict[Place, Generated]:
+        """What each attention group of each server generates for a fixed prompt. Raises EngineGoneError when no server is
+        left."""
         parameters = GenerateParameters(_PROBE_TOKENS, temperature, 1.0, 0, 0, (), ignore_eos=True)
-        found: dict[str, Generated] = {}
+        timeout_s, found = self._config.update_timeout_s, {}
 
         async def one(client: ServerClient) -> None:
+            groups = range(client.groups) if client.groups > 1 else [None]
+            asked = (client.generate(PROBE_PROMPT, parameters, timeout_s=timeout_s, group=group) for group in groups)
             try:
-                found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
+                replies = await asyncio.gather(*asked)
             except RefusedError as refusal:  # a server that refuses a prompt of this length cannot be used
                 raise ServerError(str(refusal)) from refusal
+            found.update({Place(client.name, group): reply for group, reply in zip(groups, replies, strict=True)})
 
         self.run(self.fleet.for_all(one))
         self.fleet.refuse_if_gone()

@@ -309,20 +309,21 @@ class SglangEngine:
             at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
-        """Have all servers generate, and mark those whose log-probs differ from the trainer's. Raises OtherModelError when all
-        differ."""
+        """Have all servers generate, in all their attention groups, and mark those whose log-probs differ from the trainer's.
+        Raises OtherModelError when all differ."""
         found = at_servers(lambda: self._speaker.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
-            name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
-            for (name, reply), wanted in zip(found.items(), ours, strict=True)
+            place: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
+            for (place, reply), wanted in zip(found.items(), ours, strict=True)
         }
         most = max(self._serving.max_gap, min(_PROBE_GAPS * self._serving.max_gap, _LARGEST_PROBE_GAP))
-        wrong = {name: gap for name, gap in gaps.items() if not gap <= most}
-        for name, gap in wrong.items():
+        wrong = {place.server: (place.group, gap) for place, gap in gaps.items() if not gap <= most}
+        for name, (group, gap) in wrong.items():
             what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
+            what += "" if group is None else f" in its attention group {group}"
             limit = f"more than the {most:g} that rollout.max_logprob_gap={self._serving.max_gap:g} allows in a probe"
-            if len(wrong) == len(gaps):
+            if len(wrong) == len({place.server for place in gaps}):
                 raise OtherModelError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
             if self._control is not None:
                 self._control.mark_failed(name, f"{what}, {limit}")
