@@ -14,9 +14,9 @@ is cut off or this is taken back; `waiting` in /state counts them), odd_pause_at
 stops at this generate request; with hang_at only the request waits), die_once (a number and a file: dies at this generate
 request unless another server has made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with
 weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
-every token), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves out routed experts
-although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless (accepts no weights;
-starts at once, without torch).
+every token; a list: by attention group), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves
+out routed experts although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless
+(accepts no weights; starts at once, without torch).
 POST /behave changes them in a running server; die_in and stop_in there count from the next request.
 """
 
@@ -103,8 +103,8 @@ class State:
         self.model: Any = None
         self.aborted: set[str] = set()
         self.rids: list[str | None] = []  # of `prompts`
-        self.running: set[str] = set()
-        self.waiting: set[str] = set()
+        self.ranks: list[int | None] = []  # the attention groups of `prompts`
+        self.running, self.waiting = set[str](), set[str]()
         self.prompts: list[list[int]] = []  # in the order received
         self.prompt_versions: list[str] = []  # weight version when each was received
         self.origin: dict[int, list[int]] = {}  # seed -> the first prompt that had it
@@ -131,6 +131,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         STATE.prompts.append(body["input_ids"])
         STATE.prompt_versions.append(STATE.version)
         STATE.rids.append(body.get("rid"))
+        STATE.ranks.append(body.get("routed_dp_rank"))
     _act("generate", number)
     if number == BEHAVIOUR.get("die_once", [None])[0]:
         with contextlib.suppress(FileExistsError):
@@ -157,8 +158,10 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
+    said = BEHAVIOUR.get("logprob", -0.5)
+    logprob = said[body["routed_dp_rank"]] if isinstance(said, list) else said
     meta = {
-        "output_token_logprobs": [[BEHAVIOUR.get("logprob", -0.5), token, None] for token in ids],
+        "output_token_logprobs": [[logprob, token, None] for token in ids],
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }
@@ -287,7 +290,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/model_info":
         return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/state":
-        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "most_payload_bytes")
+        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "ranks", "most_payload_bytes")
         said = {name: getattr(STATE, name) for name in names}
         said |= {"aborted": list(filter(None, STATE.aborted)), "waiting": len(STATE.waiting)}
         return 200, said | {"pid": os.getpid()}

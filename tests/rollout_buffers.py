@@ -16,7 +16,7 @@ from etr_megatron.environment import EnvironmentReply
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.dialogues import Dialogues
-from etr_megatron.rollout.engine import Draw, Drawn
+from etr_megatron.rollout.engine import Draw, Drawn, Place
 from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.types import Problem
 
@@ -83,8 +83,8 @@ class Engine:
         return found
 
     def _answer(self, draw, drawn, finish):
-        logprobs, server = [-n - self.weight_version / 10 for n in drawn], f"s{draw.key % 3}"
-        return Drawn(draw.key, drawn, logprobs, finish, self.weight_version, server=server)
+        logprobs, place = [-n - self.weight_version / 10 for n in drawn], Place(f"s{draw.key % 3}", draw.key % 2)
+        return Drawn(draw.key, drawn, logprobs, finish, self.weight_version, place=place)
 
 
 class Talker(Engine):

@@ -112,8 +112,9 @@ def lost_in_dialogues(
             engine.close()
 
 
-def two_rounds(model: str, directory: str, **settings: Any) -> list[list[list[int]]]:
-    """Prompts that each server got: those of five responses, and of the further turns of three of them, in another order."""
+def two_rounds(model: str, directory: str, **settings: Any) -> list[list[tuple[list[int], int | None]]]:
+    """Prompts that each server got, with their attention groups: those of five responses, and of the further turns of three of
+    them, in another order."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
@@ -123,7 +124,7 @@ def two_rounds(model: str, directory: str, **settings: Any) -> list[list[list[in
         engine.generate(problems, sampling)
         further = [replace(problems[number], id=f"p{number}/0/2", prompt_ids=[number, 7, 9]) for number in (4, 2, 1)]
         engine.generate(further, replace(sampling, continued=("p4/0", "p2/0", "p1/0")))
-        return [state["prompts"] for state in states_of(engine).values()]
+        return [list(zip(state["prompts"], state["ranks"], strict=True)) for state in states_of(engine).values()]
     finally:
         engine.close()
 

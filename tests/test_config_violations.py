@@ -235,7 +235,11 @@ VIOLATIONS = [
     (dict(sglang__arguments=("--dtype",)), ["sglang.arguments"]),
     (dict(sglang__arguments=("--context-length",), sglang__context_length=9000), ["sglang.context_length"]),
     (dict(sglang__arguments=("--enable-eplb",), sglang__sync="sharded"), ["sglang.sync"]),
-    (dict(sglang__arguments=("--enable-dp-lm-head",), sglang__sync="sharded"), ["sglang.arguments", "sglang.sync"]),
+    (
+        dict(sglang__arguments=("--enable-dp-lm-head",), sglang__sync="sharded", sglang__tp=2, sglang__dp_attention=2),
+        ["sglang.arguments", "sglang.sync"],
+    ),
+    (dict(sglang__arguments=("--enable-dp-lm-head",)), ["sglang.arguments", "sglang.dp_attention"]),
 ]
 
 

@@ -32,10 +32,11 @@ def test_experts_are_advised_to_be_spread_further_where_that_helps() -> None:
 
 
 FLASH = QWEN_32B.with_name("glm4.7_flash_16gpu.yaml")
+TOGETHER = ["sglang.dp_attention=1", "sglang.concurrency=256", "sglang.arguments=[]"]
 
 
 def test_attention_in_parallel_is_advised_where_every_gpu_of_a_server_caches_the_same_latents() -> None:
-    given = load_config(FLASH, ["sglang.mem_fraction=0.25", "rollout.prompts_per_step=64"])
+    given = load_config(FLASH, [*TOGETHER, "sglang.mem_fraction=0.25", "rollout.prompts_per_step=64"])
     plan = make_plan(given, 16, gpu_memory=140.0)
     found = {one.setting: one for one in suggestions(given, plan, gpu_memory=140.0)}
     assert plan.fits and found["sglang.dp_attention=4"].step < plan.time.step
@@ -44,7 +45,7 @@ def test_attention_in_parallel_is_advised_where_every_gpu_of_a_server_caches_the
 
 
 def test_attention_on_all_gpus_is_advised_where_all_of_its_weights_leave_no_room() -> None:
-    given = load_config(FLASH, [*FEW, "sglang.dp_attention=4", "sglang.mem_fraction=0.117"])
+    given = load_config(FLASH, [*FEW, "sglang.arguments=[]", "sglang.mem_fraction=0.117"])
     plan = make_plan(given, 16, gpu_memory=140.0)
     assert plan.ranks_fit and not plan.server_fits
     found = {one.setting: one for one in suggestions(given, plan, gpu_memory=140.0)}

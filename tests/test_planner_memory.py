@@ -156,7 +156,8 @@ def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
 
 def test_a_server_caches_a_latent_model_s_latents_on_every_gpu_and_the_embedded_engine_its_keys_and_values() -> None:
     path = QWEN_32B.with_name("glm4.7_flash_16gpu.yaml")
-    of_four, of_two = (make_plan(load_config(path, [f"sglang.tp={tp}", f"sglang.ep={tp}"]), 16).server for tp in (4, 2))
+    together = ["sglang.dp_attention=1", "sglang.arguments=[]"]
+    of_four, of_two = (make_plan(load_config(path, [*together, f"sglang.tp={n}", f"sglang.ep={n}"]), 16).server for n in (4, 2))
     assert of_four.token == of_two.token == 47 * (512 + 64) * 2
     copies = 47 * 20 * (192 + 256) * 512  # of the up-projections, for attention to the latents
     for server, tp in ((of_four, 4), (of_two, 2)):
@@ -168,7 +169,7 @@ def test_a_server_caches_a_latent_model_s_latents_on_every_gpu_and_the_embedded_
 
 def test_a_server_with_attention_in_parallel_has_a_cache_on_every_gpu_and_all_of_attention() -> None:
     path = QWEN_32B.with_name("glm4.7_flash_16gpu.yaml")
-    split, parallel = (make_plan(load_config(path, [f"sglang.dp_attention={dp}"]), 16) for dp in (1, 4))
+    split, parallel = (make_plan(load_config(path, ["sglang.arguments=[]", f"sglang.dp_attention={n}"]), 16) for n in (1, 4))
     one, four = split.server, parallel.server
     # Of each of 47 layers: projections up from latents, and the output's; those down to latents are whole in either case.
     attention = 47 * 20 * (768 * (192 + 64) + 512 * (192 + 256) + 256 * 2048)
@@ -176,7 +177,7 @@ def test_a_server_with_attention_in_parallel_has_a_cache_on_every_gpu_and_all_of
     assert four.parameters - one.parameters == (attention + 154880 * 2048) * 3 // 4  # and the input embedding
     assert four.weights - one.weights == 2 * (four.parameters - one.parameters + copies * 3 // 4)
     experts = 46 * 64 * 3 * 2048 * 1536 // 4
-    fp8 = make_plan(load_config(path, ["sglang.dp_attention=4", "sglang.fp8=true"]), 16).server
+    fp8 = make_plan(load_config(path, ["sglang.fp8=true"]), 16).server
     assert (four.experts, one.experts, fp8.experts) == (2 * experts, 2 * experts, experts + 4 * experts // 128**2)
     assert four.token == one.token and one.cache_tokens == (one.pool - one.weights) // one.token
     assert four.cache_tokens == 4 * ((four.pool - four.weights) // four.token) > 3 * one.cache_tokens

@@ -20,6 +20,7 @@ MATH_7B, QWEN_32B, FLASH, DEEPSEEK = (
     str(CONFIG.with_name(f"{name}.yaml"))
     for name in ("qwen2.5_math_7b_8gpu", "qwen2.5_32b_32gpu", "glm4.7_flash_16gpu", "deepseek_v3_256gpu")
 )
+EIGHT = ["sglang.tp=8", "sglang.servers=1", "sglang.dp_attention=1"]
 SHARES = ["sglang.mem_fraction=0.8", "sglang.servers=3", "sglang.tp=1", "parallel.tp=4"]
 
 
@@ -55,7 +56,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
             "cannot be split as configured",
         ),
         (["--config", FLASH, "--gpus", "16", "parallel.tp=8"], "20 attention heads, which parallel.tp=8 does not divide"),
-        (["--config", FLASH, "--gpus", "16", "sglang.tp=8", "sglang.servers=1"], "20 attention heads, which sglang.tp=8 does"),
+        (["--config", FLASH, "--gpus", "16", *EIGHT], "20 attention heads, which sglang.tp=8 does"),
         (
             ["--config", DEEPSEEK, "--gpus", "512", "parallel.cp=2", "parallel.cp_comm=a2a"],
             "has values of 128 dimensions and keys of 192, for which Transformer Engine does not have parallel.cp_comm=a2a",
@@ -147,7 +148,7 @@ def test_the_graphs_of_servers_on_gpus_of_their_own_count_beside_a_pool_that_is_
     """20.5 GiB of graphs and 1.5 of a process leave 54 of 76 usable GiB, two thirds of the GPU."""
     apart = ["sglang.placement=dedicated", "sglang.nodes=first", "sglang.dedicated_nodes=1", "sglang.sync=broadcast"]
     servers = ["sglang.servers=1", "sglang.tp=8", "sglang.dp_attention=8", f"sglang.mem_fraction={fraction}"]
-    few = ["rollout.prompts_per_step=4", "train.offload_for_rollout=false"]
+    few = ["sglang.arguments=[]", "rollout.prompts_per_step=4", "train.offload_for_rollout=false"]
     plan = make_plan(load_config(FLASH, [*apart, *servers, *few]), 24)
     assert plan.server_fits == fits and plan.as_dict()["time"] is not None
     told = "\nservers DO NOT FIT: pool of 60.0 and CUDA graphs of 20.5 GiB, with its process, take 82.0 of 76.0 usable GiB; "

@@ -63,21 +63,21 @@ def redone(monkeypatch):
     return found
 
 
-def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_sync_none(without_background):
+def test_a_turn_names_the_place_where_the_one_before_was_drawn_and_after_a_weight_sync_none(without_background):
     engine, environment = Talker(), Environment()
     buffer = buffer_of(engine, environment=environment, prompts=3, max_response_tokens=256, **AHEAD)
     buffer.take(1, timer)
     last, further = {}, 0
     for draw, drawn in engine.submitted:
         name = draw.problem.id, draw.index
-        assert draw.server == (last[name] if drawn else "")
-        last[name] = f"s{draw.key % 3}"
+        assert draw.cached_at == (last[name] if drawn else None)
+        last[name] = f"s{draw.key % 3}", draw.key % 2
         further += bool(drawn)
     assert further > 4
     held = len(engine.submitted)
     sync(buffer, engine)
     again = engine.submitted[held:]
-    assert any(drawn for _, drawn in again) and not any(draw.server for draw, _ in again)
+    assert any(drawn for _, drawn in again) and not any(draw.cached_at for draw, _ in again)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -65,9 +65,10 @@ def test_a_server_that_is_lost_costs_no_turn_and_no_reply(gangs, hf_models, tmp_
     assert turns == {1, 2, 3}
 
 
-def test_the_turns_of_an_evaluation_are_drawn_at_the_same_servers(gangs, hf_models, tmp_path):
-    with servers({}, {}) as urls:
-        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls)
+def test_the_turns_of_an_evaluation_are_drawn_at_the_same_servers_and_attention_groups(gangs, hf_models, tmp_path):
+    with servers({"says": {"/server_info": {"dp_size": 2}}}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, sync="disk")
         (found,) = gangs(1).run("tests.sglang_dialogue_jobs:two_rounds", **job)
     first, second = (sorted(prompts) for prompts in found)
-    assert first == [[0, 7], [2, 7], [2, 7, 9], [4, 7], [4, 7, 9]] and second == [[1, 7], [1, 7, 9], [3, 7]]
+    assert first == [([0, 7], 0), ([2, 7], 1), ([2, 7, 9], 1), ([4, 7], 0), ([4, 7, 9], 0)]
+    assert second == [([1, 7], None), ([1, 7, 9], None), ([3, 7], None)]

@@ -280,17 +280,18 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
 def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
     gangs, hf_models, tmp_path
 ):
-    with servers({}, {"logprob": -0.9}, {"logprob": -0.508}) as urls:  # the last is off as bfloat16 may be
-        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
+    wrong_in_one_group = {"logprob": [-0.5, -0.9, -0.5], "says": {"/server_info": {"dp_size": 3}}}
+    with servers({}, wrong_in_one_group, {"logprob": -0.508}) as urls:  # the last is off as bfloat16 may be
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3, sync="disk")
         found, other = gangs(2).run("tests.sglang_sync_jobs:one_probed_wrong", **job)
-    what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
+    what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's in its attention group 1"
     assert found["failed"] == [
         {"SGLang server 1": f"{what}, more than the 0.01 that rollout.max_logprob_gap=0.001 allows in a probe"},
         {},
     ]
     (first, wrong, third), after = found["prompts"]
-    assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # it had only the probe's prompt
-    assert after[1] > 2 and sum(after) == 2 * (3 + 12)
+    assert wrong == 3 and first + third == 2 + 12 and min(first, third) > 1  # it had only the probe's prompts
+    assert after[1] > 6 and sum(after) == 2 * (5 + 12)
     assert found["served"] == other["served"] == 24
 
 

@@ -59,7 +59,7 @@ def test_the_responses_to_one_prompt_are_spread_over_idle_servers_when_the_first
 
     found, prompts = asyncio.run(body())
     assert prompts == [[[3, 7]] * 2] * 3
-    assert Counter(reply.server for reply in found.values()) == {"server 0": 2, "server 1": 2, "server 2": 2}
+    assert Counter(reply.place.server for reply in found.values()) == {"server 0": 2, "server 1": 2, "server 2": 2}
 
 
 def test_a_fault_of_the_look_whether_a_prompt_is_harmless_ends_the_wait(monkeypatch):

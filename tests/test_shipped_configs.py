@@ -34,8 +34,7 @@ PROMISED = (
 LORA = ("qwen3_32b_8gpu_lora", "llama3.1_70b_16gpu_lora", "qwen3_30b_a3b_8gpu_lora")
 LARGE = {"qwen3_30b_a3b_32gpu", "llama3.1_70b_128gpu", "glm4.5_air_64gpu", "glm4.7_flash_16gpu"}
 SAMPLED = {"deepseek_v3_256gpu"}  # all ranks would take minutes; the dry run builds the ends of every stage
-# At these servers' TP, not all of their matrices are whole blocks: MLPs, and the up-projection of latent keys and values.
-SERVED_IN_BF16 = {"glm4.5_air_64gpu_fp8", "glm4.7_flash_16gpu_fp8"}
+SERVED_IN_BF16 = {"glm4.5_air_64gpu_fp8"}  # at its servers' TP, MLPs are not split into whole blocks
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*gpu*.yaml"))
 
 
@@ -134,12 +133,13 @@ def test_a_variant_in_fp8_differs_in_nothing_but_fp8_and_the_room_that_it_takes(
     plain, fp8 = (to_dict(load_config(CONFIGS / f"{file}.yaml")) for file in (name, f"{name}_fp8"))
     different = {f"{section}.{key}" for section in plain for key in plain[section] if plain[section][key] != fp8[section][key]}
     needed = {"run.name", "fp8.recipe"} | (set() if f"{name}_fp8" in SERVED_IN_BF16 else {"sglang.fp8"})
-    assert needed <= different <= needed | {"sglang.mem_fraction", "sglang.tp", "sglang.nodes_per_server"}
+    of_servers = {f"sglang.{key}" for key in ("mem_fraction", "tp", "nodes_per_server", "concurrency", "arguments")}
+    assert needed <= different <= needed | of_servers
 
 
 def test_up_projections_of_latents_that_are_split_within_blocks_are_not_served_in_fp8() -> None:
     with pytest.raises(UserError, match=r"kv_b_proj\.weight is split into parts of 2240 x 512 by .*; lower sglang\.tp"):
-        make_plan(load_config(CONFIGS / "glm4.7_flash_16gpu_fp8.yaml", ["sglang.fp8=true"]), 16)
+        make_plan(load_config(CONFIGS / "glm4.7_flash_16gpu_fp8.yaml", ["sglang.dp_attention=1"]), 16)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -151,13 +151,20 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where a server has cached what it drew. server: its name. group: its attention group, if it has several."""
+
+    server: str
+    group: int | None = None
+
+
 @dataclass(frozen=True)
 class Draw:
     """A response to draw or to continue.
 
     key: chosen by the caller. sampling: for this problem alone. drawn: the response tokens so far, which count towards
     `Sampling.max_tokens`. turn_begin: how many of them precede the current turn; stop strings are matched in the text of the
-    current turn alone. server: the server that drew the last turn and has it cached (its `Drawn.server`); "" if none.
+    current turn alone. cached_at: where the last turn was drawn and is cached (its `Drawn.place`); None if nowhere.
     """
 
     key: int
@@ -166,7 +173,7 @@ class Draw:
     sampling: Sampling
     drawn: Sequence[int] = ()
     turn_begin: int = 0
-    server: str = ""
+    cached_at: Place | None = None
 
     @property
     def room(self) -> int:
@@ -180,7 +187,7 @@ class Drawn:
 
     routing: for all tokens, beginning with the first of the prompt, see `Sample`.
     given_up: why the engine has given this response up; empty if it has not.
-    server: name of the server that drew the tokens, if there are servers.
+    place: where the tokens were drawn, if there are servers.
     """
 
     key: int
@@ -190,7 +197,7 @@ class Drawn:
     weight_version: int
     given_up: str = ""
     routing: array[int] = field(default_factory=lambda: array("B"))
-    server: str = ""
+    place: Place | None = None
 
 
 class StreamingEngine(RolloutEngine, Protocol):

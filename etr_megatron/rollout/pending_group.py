@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etr_megatron.rollout.engine import Drawn
+from etr_megatron.rollout.engine import Drawn, Place
 from etr_megatron.rollout.record import group_from_json, group_to_json
 from etr_megatron.types import Group, Problem, Sample
 
@@ -32,15 +32,15 @@ class PendingGroup:
     """A pending group. Its samples with finish reason "abort" or "turn" are unfinished.
 
     step: the step it was requested for, which seeds the sampling. is_left_out: excluded, because all its rewards are equal.
-    is_redone: some of its samples were emptied, because their tokens had become too old. servers: index of a sample -> the
-    server that has drawn its last turn since the last weight sync, and has it cached.
+    is_redone: some of its samples were emptied, because their tokens had become too old. places: index of a sample -> where
+    its last turn was drawn since the last weight sync, and is cached.
     """
 
     group: Group
     step: int
     is_left_out: bool = False
     is_redone: bool = False
-    servers: dict[int, str] = field(default_factory=dict)
+    places: dict[int, Place | None] = field(default_factory=dict)
 
     @classmethod
     def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> PendingGroup:

@@ -136,7 +136,7 @@ class RolloutBuffer:
         """See `Sampler.resume`. Samples with tokens too old for the next step are redrawn."""
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
         for held in self._groups:
-            held.servers.clear()  # the weight sync emptied the servers' caches
+            held.places.clear()  # the weight sync emptied the servers' caches
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
         self._start_background()
@@ -241,8 +241,8 @@ class RolloutBuffer:
             self._under_way[key] = held, sample
             sampling = sampling_of(self._config, held.step)
             drawn, begin = sample.response_ids[:], sample.turn_begin
-            server = held.servers.get(sample.index, "")
-            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin, server))
+            cached_at = held.places.get(sample.index)
+            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin, cached_at))
         if draws:
             self._engine.submit(draws)
 
@@ -258,7 +258,7 @@ class RolloutBuffer:
                 self._give_up(held, one.given_up)
                 continue
             extend(sample, one)
-            held.servers[sample.index] = one.server
+            held.places[sample.index] = one.place
             if self._dialogues is not None and sample.finish_reason != "abort":
                 self._dialogues.end_turn(sample)
                 if sample.finish_reason == "stop":

@@ -110,7 +110,8 @@ SET_BY_THE_JOB = {
 _MOVES_EXPERTS = ("--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts")
 """Arguments with which experts are not placed by their index; parameter shapes may be the same."""
 
-_SPLITS_OTHERWISE = ("--enable-dp-lm-head", "--moe-dense-tp-size")
+_DP_HEAD = "--enable-dp-lm-head"
+_SPLITS_OTHERWISE = (_DP_HEAD, "--moe-dense-tp-size")
 """Arguments for attention in parallel with which the head or the dense MLPs are split in fewer parts."""
 
 
@@ -284,4 +285,9 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             yield Violation(
                 ("sglang.arguments", "sglang.sync"),
                 f"with {name} a server splits weights otherwise than sharded sends them; set sync to broadcast, tensor or disk",
+            )
+        if name == _DP_HEAD and sglang.dp_attention == 1:
+            yield Violation(
+                ("sglang.arguments", "sglang.dp_attention"),
+                f"{name} splits the head over a group's GPUs; set dp_attention above 1, or remove it",
             )

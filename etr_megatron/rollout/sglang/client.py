@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from etr_megatron.rollout.engine import RefusedError
+from etr_megatron.rollout.engine import Place, RefusedError
 from etr_megatron.types import FinishReason
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Generated:
 
     ids: response token ids. logprobs: log-prob of each, under the tempered distribution. version: weight version at the last
     token, as the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if
-    requested, the experts, in all layers, of all tokens of prompt and response but the last; see `of_expert_layers`. server:
-    name of the server that was asked.
+    requested, the experts, in all layers, of all tokens of prompt and response but the last; see `of_expert_layers`. place:
+    the server that was asked, and its group.
     """
 
     ids: list[int]
@@ -59,7 +59,7 @@ class Generated:
     version: str
     given_up: str = ""
     routing: array[int] = field(default_factory=lambda: array("B"))
-    server: str = ""
+    place: Place | None = None
 
     def without_tokens(self) -> Generated:
         """The reply as if nothing had been generated, with its reason."""
@@ -110,10 +110,14 @@ def _stops(texts: Sequence[str]) -> dict[str, Any]:
 
 
 class ServerClient:
-    """Client of one server. `http` is shared by all clients of a fleet and keeps connections open between requests."""
+    """Client of one server. `http` is shared by all clients of a fleet and keeps connections open between requests.
+
+    groups: number of its attention groups, each of which caches prefixes on its own.
+    """
 
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
+        self.groups = 1
         self._routes: frozenset[str] | None = None
         # Deadlines of the requests in flight -> (timeout in seconds, event-loop time beyond which it is not extended).
         self._deadlines: dict[asyncio.Timeout, tuple[float, float]] = {}
@@ -200,12 +204,19 @@ class ServerClient:
         return str((await self.get("/model_info", timeout_s=timeout_s)).get("weight_version"))
 
     async def generate(
-        self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float, rid: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        parameters: GenerateParameters,
+        *,
+        timeout_s: float,
+        rid: str | None = None,
+        group: int | None = None,
     ) -> Generated:
         """One response. Raises RefusedError and ServerError; the latter also if the log-probs are not those of the tokens.
 
         rid: request id for `abort`; an aborted reply has the tokens so far. timeout_s: the request times out when the server
-        has completed no response at all for so long, because a busy server lets requests wait in its queue.
+        has completed no response at all for so long, because a busy server lets requests wait in its queue. group: the
+        attention group that generates; the server chooses if it is None, or if the server does not know this field.
         """
         body = {
             "input_ids": list(prompt_ids),
@@ -214,6 +225,7 @@ class ServerClient:
             "logprob_start_len": -1,
             **({"return_routed_experts": True} if parameters.routing else {}),
             **({} if rid is None else {"rid": rid}),
+            **({} if group is None else {"routed_dp_rank": group}),
         }
         try:
             reply = await self._complete(body, timeout_s)

@@ -16,11 +16,11 @@ import httpx
 from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
+from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
-from etr_megatron.rollout.sglang.fits import Expected
+from etr_megatron.rollout.sglang.fits import Expected, groups_of
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.places import hosts_away
@@ -195,23 +195,27 @@ class Control:
                     return ServerError(problem)
             try:
                 await self._wait_until_healthy(client, startup_timeout_of(self._config) if patient else 0.0)
-                if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
-                    raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
+                try:
+                    said = await client.get("/server_info", timeout_s=min(LIVENESS_S, self._config.update_timeout_s))
+                except ServerError as error:
+                    raise ServerError(f"{client.name}: its workers do not answer at {client.url}") from error
+                client.groups = groups_of(said)
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
                 if self._config.urls:
-                    await self._refuse_misfit(client)
+                    await self._refuse_misfit(client, said)
             except ServerError as error:
                 return error
             return None
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
-    async def _refuse_misfit(self, client: ServerClient) -> None:
-        """Raises ServerError when the server's own report shows that it cannot load the job's weights."""
-        said = [await client.get(route, timeout_s=self._config.update_timeout_s) for route in ("/server_info", "/model_info")]
-        if (problem := self._expected.misfit(*said)) is not None:
+    async def _refuse_misfit(self, client: ServerClient, said: Mapping[str, Any]) -> None:
+        """Raises ServerError when the server's own report shows that it cannot load the job's weights. said: JSON of
+        `/server_info`."""
+        model = await client.get("/model_info", timeout_s=self._config.update_timeout_s)
+        if (problem := self._expected.misfit(said, model)) is not None:
             raise ServerError(f"{client.name} at {client.url} cannot take the job's weights: {problem}")
-        if (dtype := self._expected.other_dtype(said[0])) is not None:
+        if (dtype := self._expected.other_dtype(said)) is not None:
             logger.warning("%s at %s computes in %s, the job in %s", client.name, client.url, dtype, self._expected.dtype)
 
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
@@ -290,16 +294,20 @@ class Control:
 
         await self.fleet.for_all(one)
 
-    def probe(self, temperature: float) -> dict[str, Generated]:
-        """Server -> what it generates for a fixed prompt. Raises EngineGoneError when no server is left."""
+    def probe(self, temperature: float) -> dict[Place, Generated]:
+        """What each attention group of each server generates for a fixed prompt. Raises EngineGoneError when no server is
+        left."""
         parameters = GenerateParameters(_PROBE_TOKENS, temperature, 1.0, 0, 0, (), ignore_eos=True)
-        found: dict[str, Generated] = {}
+        timeout_s, found = self._config.update_timeout_s, {}
 
         async def one(client: ServerClient) -> None:
+            groups = range(client.groups) if client.groups > 1 else [None]
+            asked = (client.generate(PROBE_PROMPT, parameters, timeout_s=timeout_s, group=group) for group in groups)
             try:
-                found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
+                replies = await asyncio.gather(*asked)
             except RefusedError as refusal:  # a server that refuses a prompt of this length cannot be used
                 raise ServerError(str(refusal)) from refusal
+            found.update({Place(client.name, group): reply for group, reply in zip(groups, replies, strict=True)})
 
         self.run(self.fleet.for_all(one))
         self.fleet.refuse_if_gone()

@@ -31,6 +31,12 @@ _HOME_DIVISOR, _DIALOGUE_DIVISOR = 8, 2
 slows down every decoding step of the server; a prefill elsewhere interrupts decoding once, and is long only for a dialogue."""
 
 
+def most_where_cached(share: int, *, is_dialogue: bool) -> int:
+    """Most requests in flight, with the next one, where the next one's prompt or dialogue is cached. share: requests for each
+    such place, rounded up."""
+    return share + (max(1, share // _DIALOGUE_DIVISOR) if is_dialogue else share // _HOME_DIVISOR)
+
+
 class Order(NamedTuple):
     """A request to send to a server. is_test: only the prompt is tested, and the request itself keeps waiting."""
 
@@ -224,8 +230,7 @@ class Dispatch:
 
     def _has_place(self, server: str, lane: _Lane, share: int) -> bool:
         """Whether a server that has the prompt or dialogues of this lane cached takes another of its requests."""
-        excess = max(1, share // _DIALOGUE_DIVISOR) if lane.cached_at else share // _HOME_DIVISOR
-        return self._load[server] < share + excess
+        return self._load[server] < most_where_cached(share, is_dialogue=bool(lane.cached_at))
 
     def _may_have(self, server: str, prompt: str) -> bool:
         homes = self._homes.get(prompt)

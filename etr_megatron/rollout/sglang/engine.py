@@ -22,6 +22,7 @@ from etr_megatron.rollout.engine import (
     EngineGoneError,
     MustStop,
     OtherModelError,
+    Place,
     Sampling,
     WeightSource,
     never,
@@ -94,7 +95,7 @@ class SglangEngine:
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
         self._draws: dict[int, Draw] = {}
-        self._drew: dict[str, str] = {}  # on rank 0: name of each response of the last `generate` -> server
+        self._drew: dict[str, Place | None] = {}  # on rank 0: name of each response of the last `generate` -> where
         self._control: Control | None = None
         needs = dict(routing=serving.routing, tokenizer=bool(serving.stop_strings))
         cuda, folder = serving.backend == "nccl", str(serving.directory)
@@ -173,7 +174,7 @@ class SglangEngine:
         names = sampling.names_of(problems)
         drew, name = self._drew if sampling.continued else {}, iter(names)
         requests = [
-            Request(problem.prompt_ids, self._parameters(problem, index, sampling, limit), problem.id, drew.get(next(name), ""))
+            Request(problem.prompt_ids, self._parameters(problem, index, sampling, limit), problem.id, drew.get(next(name)))
             for problem, count, limit in zip(problems, counts, limits, strict=True)
             for index in range(count)
         ]
@@ -183,7 +184,7 @@ class SglangEngine:
             must_stop,
             share=lambda replies: [reply.without_tokens() for reply in replies],
         )
-        self._drew = {name: reply.server for name, reply in zip(names, found, strict=True)}
+        self._drew = {name: reply.place for name, reply in zip(names, found, strict=True)}
         replies = iter(found)
         return [[self._sample(index, next(replies)) for index in range(count)] for count in counts]
 
@@ -237,7 +238,7 @@ class SglangEngine:
 
     def _request(self, draw: Draw) -> Request:
         parameters = self._parameters(draw.problem, draw.index, draw.sampling, draw.room)
-        return Request([*draw.problem.prompt_ids, *draw.drawn], parameters, draw.problem.id, draw.server)
+        return Request([*draw.problem.prompt_ids, *draw.drawn], parameters, draw.problem.id, draw.cached_at)
 
     def _drawn(self, key: int, reply: Generated) -> Drawn:
         draw = self._draws.pop(key)
@@ -249,7 +250,7 @@ class SglangEngine:
             elif len(reply.ids) >= draw.room:
                 finish = "length"
         routing = of_expert_layers(reply.routing, self._serving.architecture)
-        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing, reply.server)
+        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing, reply.place)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
@@ -308,20 +309,21 @@ class SglangEngine:
             at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
-        """Have all servers generate, and mark those whose log-probs differ from the trainer's. Raises OtherModelError when all
-        differ."""
+        """Have all servers generate, in all their attention groups, and mark those whose log-probs differ from the trainer's.
+        Raises OtherModelError when all differ."""
         found = at_servers(lambda: self._speaker.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
-            name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
-            for (name, reply), wanted in zip(found.items(), ours, strict=True)
+            place: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
+            for (place, reply), wanted in zip(found.items(), ours, strict=True)
         }
         most = max(self._serving.max_gap, min(_PROBE_GAPS * self._serving.max_gap, _LARGEST_PROBE_GAP))
-        wrong = {name: gap for name, gap in gaps.items() if not gap <= most}
-        for name, gap in wrong.items():
+        wrong = {place.server: (place.group, gap) for place, gap in gaps.items() if not gap <= most}
+        for name, (group, gap) in wrong.items():
             what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
+            what += "" if group is None else f" in its attention group {group}"
             limit = f"more than the {most:g} that rollout.max_logprob_gap={self._serving.max_gap:g} allows in a probe"
-            if len(wrong) == len(gaps):
+            if len(wrong) == len({place.server for place in gaps}):
                 raise OtherModelError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
             if self._control is not None:
                 self._control.mark_failed(name, f"{what}, {limit}")

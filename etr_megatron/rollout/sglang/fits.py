@@ -134,6 +134,13 @@ class Expected:
             yield f"its weight_block_size is {blocks}, but sglang.fp8 needs {[FP8_BLOCK, FP8_BLOCK]}"
 
 
+def groups_of(server: Mapping[str, Any]) -> int:
+    """Number of groups of a server's workers that attend, and cache prefixes, for requests of their own. server: JSON of
+    `/server_info`."""
+    found = server.get("dp_size")
+    return found if isinstance(found, int) else 1
+
+
 def _sizes(architecture: Architecture) -> dict[str, float | None]:
     """Expected values of the fields of config.json that determine shapes, or how experts are chosen and weighted."""
     experts, latent = architecture.experts, architecture.latent

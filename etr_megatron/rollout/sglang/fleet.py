@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from etr_megatron.rollout.engine import EngineGoneError, RefusedError
+from etr_megatron.rollout.engine import EngineGoneError, Place, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.liveness import LivenessMonitor
@@ -27,12 +27,12 @@ _WELL_S = 10.0
 @dataclass(frozen=True)
 class Request:
     """One response to generate. problem: id of its problem; requests without an id share a problem if their prompts are equal.
-    cached_at: if the request continues a dialogue, name of the server that drew that dialogue."""
+    cached_at: if the request continues a dialogue, where that dialogue was drawn."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
     problem: str = ""
-    cached_at: str = ""
+    cached_at: Place | None = None
 
     @property
     def problem_id(self) -> str:
@@ -125,6 +125,7 @@ class Fleet:
         failures: Failures | None = None,
         may_abort: Callable[[], bool] = lambda: False,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient] = lambda others: others[0],
+        group: Callable[[], int | None] = lambda: None,
     ) -> Generated:
         """One response from `client` or, with a router, from the server that the router chooses. Failures:
 
@@ -137,13 +138,14 @@ class Fleet:
         - It is refused through a router: it goes to `client` directly, because the router may have limits of its own.
         - The request itself is at fault, see `_failed_at`: GivenUpError is raised.
 
-        failures: those of this request so far, one object for all its attempts; it also counts the servers that died.
+        failures: those of this request so far, one object for all its attempts; it also counts the servers that died. group:
+        the attention group for the request at `client` or, after `elsewhere`, at that server; a router is not told.
         """
         router, marks = self.router, self._marks
         behind = [one for one in self.serving if one.name != self.apart]
         routed = router is not None and await router.leads_to(one.url for one in behind)
         asked = router.client if router is not None and routed else client
-        answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort)
+        answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort, group=group)
         asking = _Asking(request, rid, failures if failures is not None else Failures(), answer)
         try:
             return await answer(asked, behind if routed else [client])
@@ -236,10 +238,13 @@ class Fleet:
         request: Request,
         rid: str | None,
         may_abort: Callable[[], bool],
+        group: Callable[[], int | None],
     ) -> Generated:
         """One response, checked. servers: those that may answer."""
+        is_router = self.router is not None and asked is self.router.client
+        chosen, timeout_s = None if is_router else group(), self._timeout_s
         with self._liveness.watch(servers):
-            reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+            reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=timeout_s, rid=rid, group=chosen)
         if reply.finish_reason == "abort" and not may_abort():
             raise ServerError(f"{asked.name}: aborted a request that it was not asked to abort")
         if reply.ids and self.version not in (None, reply.version):

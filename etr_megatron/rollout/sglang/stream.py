@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError
+from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError, Place
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
 from etr_megatron.rollout.sglang.dispatch import Dispatch
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
+from etr_megatron.rollout.sglang.groups import AttentionGroups
 from etr_megatron.rollout.sglang.suspicions import Suspicions
 
 _ABORT_TIMEOUT_S = 20.0
@@ -42,6 +43,7 @@ class _Running(NamedTuple):
     key: int
     client: ServerClient
     task: asyncio.Task[None]
+    group: int | None = None
 
 
 class RequestStream:
@@ -62,7 +64,8 @@ class RequestStream:
         self._fleet, self._exclusive, self._suspicions = fleet, exclusive, suspicions or Suspicions()
         self._requests: dict[int, Request] = {}
         self._failures: defaultdict[int, Failures] = defaultdict(Failures)
-        self._dispatch = Dispatch(concurrency, self._suspicions.deaths)
+        self._concurrency = concurrency
+        self._dispatch, self._groups = Dispatch(concurrency, self._suspicions.deaths), AttentionGroups()
         self._running: dict[str, _Running] = {}  # by request id, which is new for every attempt
         self._proving: dict[str, asyncio.Task[None]] = {}  # by problem id
         self._is_stopping = False
@@ -163,7 +166,8 @@ class RequestStream:
             if (why := self._suspicions.given_up.get(request.problem_id)) is not None:
                 self._answer(key, _given_up(why))
             else:
-                self._dispatch.add(key, request.problem_id, first=first, cached_at=request.cached_at)
+                cached_at = "" if request.cached_at is None else request.cached_at.server
+                self._dispatch.add(key, request.problem_id, first=first, cached_at=cached_at)
         self._begin()
 
     def _known_failed(self) -> set[str]:
@@ -196,12 +200,20 @@ class RequestStream:
             # The id ends with a dot because SGLang's scheduler aborts every request whose id starts with the given id.
             rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
             work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
-            self._running[rid] = _Running(order.key, client, loop.create_task(work))
+            group = None if order.is_test else self._group(client, self._requests[order.key])
+            self._running[rid] = _Running(order.key, client, loop.create_task(work), group)
         for problem in self._dispatch.unproved:
             if problem not in self._proving:
                 self._proving[problem] = loop.create_task(self._prove(problem))
         if self._dispatch.waits and not self._running and not self._is_stopping:
             self._fail()
+
+    def _group(self, client: ServerClient, request: Request) -> int | None:
+        """The attention group for a request that goes to this server; see `AttentionGroups.enter`."""
+        share = min(self._concurrency, -(-len(self._requests) // len(self._fleet.serving)))
+        at = request.cached_at
+        cached_in = at.group if at is not None and at.server == client.name else None
+        return self._groups.enter(client.name, client.groups, request.problem_id, share=share, cached_in=cached_in)
 
     async def _prove(self, problem: str) -> None:
         """Let the problem's requests go to several servers if the server that has them is healthy after `_HARMLESS_S`."""
@@ -252,7 +264,8 @@ class RequestStream:
                 rid,
                 failures=failures,
                 may_abort=lambda: self._is_stopping,
-                elsewhere=partial(self._move, rid),
+                elsewhere=partial(self._move, rid, request),
+                group=lambda: self._running[rid].group,
             )
         except GivenUpError as error:
             outcome = _given_up(str(error))
@@ -260,7 +273,8 @@ class RequestStream:
             pass
         except Exception as error:  # a refusal; anything else is a bug
             outcome = error
-        at = self._running.pop(rid).client
+        _, at, _, group = self._running.pop(rid)
+        self._groups.leave(at.name, request.problem_id, group)
         if failures.deaths > deaths:
             self._dispatch.suspect(request.problem_id, at.name if self._fleet.router is None else "")
         self._dispatch.ended(key)
@@ -271,15 +285,16 @@ class RequestStream:
         if outcome is not None:
             if isinstance(outcome, Generated) and outcome.finish_reason != "abort":
                 self._dispatch.clear_of_suspicion(request.problem_id)
-            self._answer(key, replace(outcome, server=at.name) if isinstance(outcome, Generated) else outcome)
+            self._answer(key, replace(outcome, place=Place(at.name, group)) if isinstance(outcome, Generated) else outcome)
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
 
-    def _move(self, rid: str, others: Sequence[ServerClient]) -> ServerClient:
+    def _move(self, rid: str, request: Request, others: Sequence[ServerClient]) -> ServerClient:
         """Choose another server for a request that one refused; aborts of the request go to that server from now on."""
-        clients = {client.name: client for client in others}
-        client = clients[self._dispatch.move(self._running[rid].key, clients)]
-        self._running[rid] = self._running[rid]._replace(client=client)
+        clients, left = {client.name: client for client in others}, self._running[rid]
+        self._groups.leave(left.client.name, request.problem_id, left.group)
+        client = clients[self._dispatch.move(left.key, clients)]
+        self._running[rid] = left._replace(client=client, group=self._group(client, request))
         return client
 
     async def _test(self, client: ServerClient, key: int, rid: str) -> None:
