@@ -92,7 +92,14 @@ class DiskWriter(Transport):
         self._rounds = max(len(groups) for groups in files.values())
         together = [[groups[number] for groups in files.values() if number < len(groups)] for number in range(self._rounds)]
         self._gather = Gather(
-            source, arch, lambda w: owners[w.megatron], together, wire, dtype=dtype, bucket_bytes=file_bytes // 8
+            source,
+            arch,
+            lambda weight: owners[weight.megatron],
+            together,
+            wire,
+            self._memory,
+            dtype=dtype,
+            bucket_bytes=file_bytes // 8,
         )
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
@@ -191,11 +198,6 @@ class DiskWriter(Transport):
         own.sort(key=lambda folder: ((folder / VERSION_FILE).stat().st_mtime_ns, folder.name))
         kept = [*own, published][-KEEP:]
         return [folder for folder in runs if folder not in kept]
-
-    def close(self) -> None:
-        """See `Transport.close`."""
-        super().close()
-        self._gather.forget()
 
 
 def _run_of(version: Path) -> str | None:
