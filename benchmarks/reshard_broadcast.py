@@ -26,7 +26,7 @@ class BroadcastTransport(Transport):
         super().__init__(wire, arch, source, destination, start)
         self._groups = groups_of(weights_of(arch), dtype, None, BUCKET_BYTES)
         cut = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
-        self._cuts = [cut.only({weight.megatron for weight in group.weights}) for group in self._groups]
+        self._cuts = cut.split([[weight.megatron for weight in group.weights] for group in self._groups])
         self._gather = None
         if self.source is not None:
             together = [[group] for group in self._groups]

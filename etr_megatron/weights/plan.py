@@ -71,10 +71,15 @@ class Plan:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
         return _box_bytes(transfer.size, 4 if transfer.weight.fp32 else itemsize, self.block_of(transfer.weight))
 
-    def only(self, names: Collection[str]) -> Plan:
-        """The transfers of these weights (`Weight.megatron`)."""
-        pairs = {pair: tuple(t for t in transfers if t.weight.megatron in names) for pair, transfers in self.pairs.items()}
-        return replace(self, pairs={pair: transfers for pair, transfers in pairs.items() if transfers})
+    def split(self, parts: Sequence[Collection[str]]) -> list[Plan]:
+        """The transfers of each part's weights (`Weight.megatron`); a weight is in at most one part."""
+        part_of = {name: number for number, names in enumerate(parts) for name in names}
+        found: list[dict[tuple[int, int], list[Transfer]]] = [defaultdict(list) for _ in parts]
+        for pair, transfers in self.pairs.items():
+            for transfer in transfers:
+                if (number := part_of.get(transfer.weight.megatron)) is not None:
+                    found[number][pair].append(transfer)
+        return [replace(self, pairs={pair: tuple(some) for pair, some in pairs.items()}) for pairs in found]
 
 
 def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:

@@ -122,16 +122,8 @@ class Gather:
     ) -> None:
         layout = WholeLayout(source.world, owner)
         plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
-        self._exchanges = [
-            Exchange(
-                plan.only({weight.megatron for group in together for weight in group.weights}),
-                wire,
-                memory,
-                dtype=dtype,
-                bucket_bytes=bucket_bytes,
-            )
-            for together in groups
-        ]
+        parts = plan.split([[weight.megatron for group in together for weight in group.weights] for together in groups])
+        self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
         self._dtype = dtype
 
     def run(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
