@@ -8,6 +8,7 @@ While a round is sent, the next one is packed and the previous one is unpacked.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,16 +58,18 @@ class Exchange:
     """
 
     def __init__(self, plan: Plan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
-        self.plan, self.wire, self.dtype = plan, wire, dtype
+        self.wire, self.dtype = wire, dtype
         self.source = wire.rank if wire.rank < plan.source.world else None
         place = wire.rank - plan.destination_start
         self.destination = place if 0 <= place < plan.destination.world else None
-        self._outgoing, self._incoming = self._own_buckets(bucket_bytes)
+        self._outgoing, self._incoming = self._own_buckets(plan, bucket_bytes)
         self._memory = memory
+        # Only this rank's part is kept: with many experts and servers, all transfers take hundreds of megabytes.
+        own = {pair: some for pair, some in plan.pairs.items() if pair[0] == self.source or pair[1] == self.destination}
+        self.plan = replace(plan, pairs=own)
 
-    def _own_buckets(self, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
+    def _own_buckets(self, plan: Plan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
         """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
-        plan = self.plan
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
         sources = Counter(destination for _, destination in remote)
         destinations = Counter(source for source, _ in remote)
