@@ -26,16 +26,17 @@ class BroadcastTransport(Transport):
         super().__init__(wire, arch, source, destination, start)
         self._groups = groups_of(weights_of(arch), dtype, None, BUCKET_BYTES)
         cut = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
-        self._cuts = [cut.only({weight.megatron for weight in group.weights}) for group in self._groups]
+        self._cuts = cut.split([[weight.megatron for weight in group.weights] for group in self._groups])
         self._gather = None
         if self.source is not None:
             together = [[group] for group in self._groups]
-            self._gather = Gather(source, arch, lambda weight: 0, together, wire, dtype=dtype, bucket_bytes=BUCKET_BYTES)
+            owner, sizes = (lambda weight: 0), dict(dtype=dtype, bucket_bytes=BUCKET_BYTES)
+            self._gather = Gather(source, arch, owner, together, wire, self._memory, **sizes)
         self._receivers = wire.part(sorted({0, *range(start, start + destination.world)}))
-        self._memory: list[Tensor] = []
+        self._flats: list[Tensor] = []
         if self._receivers.group is not None:
             size = max(group.nbytes for group in self._groups)
-            self._memory = [torch.empty(size, dtype=torch.uint8, device=wire.device) for _ in range(2)]
+            self._flats = [torch.empty(size, dtype=torch.uint8, device=wire.device) for _ in range(2)]
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         works: list[tuple[int, Any]] = []
@@ -52,7 +53,7 @@ class BroadcastTransport(Transport):
 
     def _flat(self, number: int) -> Tensor | None:
         """The bucket of a group, one of two; None on ranks that only help to gather."""
-        return self._memory[number % 2][: self._groups[number].nbytes] if self._memory else None
+        return self._flats[number % 2][: self._groups[number].nbytes] if self._flats else None
 
     def _cut(self, number: int, destinations: Shards) -> None:
         """Cut this rank's shards out of a bucket that has arrived."""

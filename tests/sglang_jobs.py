@@ -97,7 +97,8 @@ def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[s
     found, sent = [], []
     for version in (1, 2):
         engine.update_weights(policy.export(), version=version)
-        sent.append(getattr(engine._sender, "bytes_sent", 0))
+        sender = engine._sender
+        sent.append(sender._transport.wire.bytes_sent if isinstance(sender, ShardedSender) else 0)
         groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
         samples = [sample for group in groups for sample in group]
         assert all(sample.weight_version == version for sample in samples)

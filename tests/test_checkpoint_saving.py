@@ -1,4 +1,4 @@
-"""The checkpoint writer on a disk that fills up at any point of a file."""
+"""Saving a checkpoint on a disk that fills up at any point of a file, or that cannot be written at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import errno
 import os
 import pickle
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from etr_megatron.checkpoint.checkpoint import prepare
 from etr_megatron.checkpoint.saving import _Writer, disk_full_anywhere
+from etr_megatron.errors import UserError
 
 
 class _FailsOnce:
@@ -60,3 +63,18 @@ def test_a_disk_that_is_full_at_any_write_is_recognised(tmp_path):
 def test_a_failure_of_another_kind_is_not_taken_for_a_full_disk(tmp_path):
     failure = _failure_of_saving(tmp_path, 5, errno.EIO)
     assert failure is not None and disk_full_anywhere(failure) is None
+
+
+def saving_to(checkpoints: str) -> str:
+    """Runs in a gang: the error of a save that fails before it needs the policy."""
+    try:
+        prepare(Path(checkpoints), 3, None, {}, keep=1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_raises_the_error_of_rank_0_that_cannot_make_the_folder(gangs, tmp_path):
+    (tmp_path / "file").write_text("")
+    errors = gangs(2).run("tests.test_checkpoint_saving:saving_to", checkpoints=str(tmp_path / "file" / "checkpoints"))
+    assert "cannot be written (Not a directory)" in errors[0] and errors[1] == errors[0]

@@ -49,7 +49,8 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
     events: list[str] = []
     monkeypatch.setattr(exchange, "SMALLEST_BUCKET", 1 << 10)
     monkeypatch.setattr(exchange, "pack", lambda *_: events.append("pack"))
-    monkeypatch.setattr(exchange, "messages", lambda *_, **__: [torch.empty(0)])
+    staged = SimpleNamespace(nbytes=0, messages=lambda flat: [flat])
+    monkeypatch.setattr(exchange, "stage", lambda *_, **__: staged)
 
     def travel(sends: list, _receives: list) -> list:
         events.append("send") if sends else None
@@ -58,7 +59,7 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
     wire = SimpleNamespace(rank=0, device=torch.device("cpu"), exchange=travel)
     wire.wait = lambda works: events.append("sent") if works else None
     plan = make_plan(TrainingLayout(), ServerLayout(), architecture(), destination_start=1)
-    run = exchange.Exchange(plan, wire, dtype=torch.float32, bucket_bytes=1 << 10)
+    run = exchange.Exchange(plan, wire, exchange.Memory(wire.device), dtype=torch.float32, bucket_bytes=1 << 10)
     run.run({}, {})
     rounds = events.count("send")
     assert rounds > 3

@@ -9,7 +9,7 @@ import torch
 from etr_megatron.weights import ServerLayout, TrainingLayout, megatron_shard, server_shard, weights_of
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
-from etr_megatron.weights.transport.buckets import buckets_of, copy_local, messages, pack, unpack
+from etr_megatron.weights.transport.buckets import buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests.weight_cases import ARCHITECTURES, tensors_of
 
@@ -35,15 +35,12 @@ def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_with
 
     sent, local = empty(), empty()
     for bucket in buckets_of(plan, transfers, torch.bfloat16, 1 << 20):
-        flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        pack(plan, bucket, flat, sources, torch.bfloat16)
-        for message, arrived in zip(
-            messages(plan, bucket, flat, sources, sending=True),
-            messages(plan, bucket, flat, sent, sending=False),
-            strict=True,
-        ):
+        one, other = (stage(plan, bucket, s, torch.device("cpu"), sending=s is sources) for s in (sources, sent))
+        flat, received = (torch.empty(side.nbytes, dtype=torch.uint8) for side in (one, other))
+        pack(plan, one, flat, sources, torch.bfloat16)
+        for message, arrived in zip(one.messages(flat), other.messages(received), strict=True):
             arrived.copy_(message)
-        unpack(plan, bucket, flat, sent)
+        unpack(plan, other, received, sent)
     for transfer in transfers:
         copy_local(plan, transfer, sources, local, torch.bfloat16)
         # Checksums must round in the same way, or a correct sync would count as corrupt.

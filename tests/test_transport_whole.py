@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from safetensors.torch import load_file
 from etr_megatron.weights import TrainingLayout, read_architecture, weights_of
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
+from etr_megatron.weights.transport.exchange import Memory
+from etr_megatron.weights.transport.whole import Gather, groups_of
+from tests.weight_cases import ARCHITECTURES
 
 JOB = "tests.transport_whole_jobs:whole"
 
@@ -53,9 +57,11 @@ def test_what_rank_0_hands_over_equals_the_checkpoint(gangs, hf_models, family, 
         assert size / bucket_bytes <= len(buckets) <= 2 * size / bucket_bytes + 1
 
 
-def test_only_what_rank_0_lacks_is_sent_to_it(gangs, hf_models):
+def test_only_what_rank_0_lacks_is_sent_to_it_through_buffers_that_are_freed_after_a_sync(gangs, hf_models):
     model, source = hf_models["llama"], TrainingLayout(tp=2)
     found = gangs(2).run(JOB, model=model, source=source, dtype=torch.bfloat16)
+    (during, after), _ = (one["memory"] for one in found)
+    assert during > 0 and after == 0
     held = sum(prod(p.size) for _, s in shards_of(source, read_architecture(model), 0) for p in s.pieces)
     assert [one["bytes"] for one in found] == [0, 2 * 2 * (model_elements(model) - held)]  # two syncs
 
@@ -75,3 +81,27 @@ def test_fp8_is_quantised_from_whole_tensors_even_where_the_source_cuts_blocks(g
             assert torch.equal(tensors[name + SCALE_SUFFIX], scales)
         else:
             assert torch.equal(tensors[name], wanted[name])
+
+
+def bytes_of_buffers(source: TrainingLayout, limit: int, monkeypatch) -> int:
+    """Bytes of the buffers that rank 0 fills in a sync. Nothing travels."""
+    monkeypatch.setattr("etr_megatron.weights.transport.exchange.SMALLEST_BUCKET", 1)
+    monkeypatch.setattr("etr_megatron.weights.transport.buckets.ALONE_BYTES", 1)  # no small tensors, which are always copied
+    arch, meta = ARCHITECTURES["llama"], torch.device("meta")
+    wire = SimpleNamespace(rank=0, device=meta, exchange=lambda *_: [], wait=lambda _: None)
+    groups, memory = groups_of(weights_of(arch), torch.float32, None, limit), Memory(meta)
+    options = dict(dtype=torch.float32, bucket_bytes=limit)
+    gather = Gather(source, arch, lambda weight: 0, [[group] for group in groups], wire, memory, **options)
+    shards = {weight.megatron: torch.empty(shard.shape, device=meta) for weight, shard in shards_of(source, arch, 0)}
+    for number, group in enumerate(groups):
+        gather.run(number, shards, (group, torch.empty(group.nbytes, dtype=torch.uint8, device=meta)))
+    return sum(buffer.nbytes for buffer in memory._buffers.values())
+
+
+def test_buffers_for_all_peers_together_are_at_most_two_buckets(monkeypatch):
+    """Rank 0 receives other buckets from the ranks of the other stage, and shares of each from all replicas."""
+    assert 0 < bytes_of_buffers(TrainingLayout(tp=4, pp=4, dp=2), 30_000, monkeypatch) <= 2 * 30_000
+
+
+def test_what_is_received_in_place_needs_no_buffer(monkeypatch):
+    assert bytes_of_buffers(TrainingLayout(pp=2), 30_000, monkeypatch) == 0

@@ -26,14 +26,19 @@ def whole(
     bucket_bytes: int = 50_000,
     backend: str = "gloo",
 ) -> dict[str, Any]:
-    """Whole tensors that rank 0 has handed over for servers in the second of two syncs, the names in its buckets, and the bytes
-    that this rank has sent in both."""
+    """Whole tensors that rank 0 has handed over for servers in the second of two syncs, the names in its buckets, the bytes
+    that this rank has sent in both, and the bytes of its buffers: the most at a delivery, and those kept after a sync."""
     found: dict[str, Tensor] = {}
     names: list[list[str]] = []
+    held: list[int] = []
+
+    def buffers() -> int:
+        return sum(buffer.nbytes for buffer in transport._memory._buffers.values())
 
     def post(bucket: Bucket) -> Future[None]:
         found.update({field.name: field.view(bucket.flat).clone() for field in bucket.fields})
         names.append(bucket.names)
+        held.append(buffers())
         return delivered()
 
     settings = SendSettings(read_architecture(model), dtype, fp8_block, bucket_bytes, backend, 60.0)
@@ -42,8 +47,10 @@ def whole(
         found.clear()
         names.clear()
         transport.sync(version, shards_from(model, source, dist.get_rank(), dtype))
+    memory = max(held, default=0), buffers()
     transport.close()
-    return {"tensors": picklable(found), "names": names, "bytes": transport.wire.bytes_sent, "version": transport.complete}
+    sent = transport.wire.bytes_sent
+    return {"tensors": picklable(found), "names": names, "bytes": sent, "version": transport.complete, "memory": memory}
 
 
 def delivered(_bucket: Bucket | None = None) -> Future[None]:

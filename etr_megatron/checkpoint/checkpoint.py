@@ -83,6 +83,13 @@ class Unwritten:
         """The folder's name until it is complete."""
         return self.checkpoints / f".step_{self.step:06d}.unfinished"
 
+    def make_room(self) -> None:
+        """Make an empty folder for the checkpoint, and remove those that killed saves have left."""
+        with disk_errors(self.checkpoints):
+            for leftover in entries(self.checkpoints, ".step_*.unfinished"):
+                shutil.rmtree(leftover)
+            self.temporary.mkdir(parents=True)
+
     def write(self, group: dist.ProcessGroup | None = None, meet: Callable[[], None] = lambda: None) -> None:
         """Write all files, then give the folder its name and remove older checkpoints. A collective of `group` (None: all
         ranks), which has all ranks and must be gloo in a thread. Raises the same errors as `save`, on every rank.
@@ -153,12 +160,7 @@ def prepare(
     unwritten = Unwritten(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
     rank0 = dist.get_rank() == 0
     with unwritten.errors():
-        if rank0:
-            with disk_errors(checkpoints):
-                for leftover in entries(checkpoints, ".step_*.unfinished"):  # from killed saves
-                    shutil.rmtree(leftover)
-                unwritten.temporary.mkdir(parents=True)
-        dist.barrier()
+        together(lambda: unwritten.make_room() if rank0 else None)
         base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
         dist_checkpointing.save(sharded, str(unwritten.temporary), sharded_strategy=shared_among_replicas(unwritten.shards))

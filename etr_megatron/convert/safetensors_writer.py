@@ -49,6 +49,7 @@ class SafetensorsWriter:
         self._folder = folder
         groups = _grouped(tensors, max_bytes) if max_bytes is not None else [list(tensors)]
         self._headers: dict[Path, bytes] = {}
+        self._sizes: dict[Path, int] = {}
         self._places: dict[str, FileTensor] = {}
         for number, group in enumerate(groups, 1):
             one = len(groups) == 1
@@ -59,13 +60,14 @@ class SafetensorsWriter:
             for tensor in group:
                 self._places[tensor.name] = FileTensor(file, begin, tensor.dtype, tensor.shape)
                 begin += tensor.nbytes
+            self._sizes[file] = begin
 
     def create(self) -> None:
         """Make the files, with their headers and at full length, and the index if there are several."""
         for file, header in self._headers.items():
             with open(file, "wb") as stream:
                 stream.write(header)
-                stream.truncate(len(header) + sum(place.nbytes for place in self._places.values() if place.file == file))
+                stream.truncate(self._sizes[file])
         if len(self._headers) > 1:
             index = {
                 "metadata": {"total_size": sum(place.nbytes for place in self._places.values())},

@@ -115,7 +115,7 @@ class WholeTensors(Transport):
         self._groups = groups_of(weights_of(arch), dtype, settings.fp8_block, limit)
         shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
-        self._gather = Gather(source, arch, _rank0, together, self.wire, dtype=dtype, bucket_bytes=limit)
+        self._gather = Gather(source, arch, _rank0, together, self.wire, self._memory, dtype=dtype, bucket_bytes=limit)
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         for number, group in enumerate(self._groups):
@@ -141,7 +141,6 @@ class WholeTensors(Transport):
         """See `Transport.close`."""
         self._shared.leave()
         super().close()
-        self._gather.forget()
 
 
 def _rank0(_weight: Weight) -> int:

@@ -25,6 +25,9 @@ _WATCHDOG = Path(__file__).with_name("watchdog.py")
 _GRACE_S = 10.0
 _POLL_S = 0.1
 
+_LAST_WORDS = 1 << 16
+"""Bytes at the end of a log that are read for its last lines: the log of a long run may have gigabytes."""
+
 
 @dataclass(frozen=True)
 class ServerCommand:
@@ -219,11 +222,12 @@ class ServerProcess:
         """Whether the server's process has not ended."""
         return self._watchdog.poll() is None
 
-    def said(self) -> str:
-        """The log output of this process."""
+    def said(self, most: int | None = None) -> str:
+        """The log output of this process; most: only the last bytes, up to this number."""
         try:
             with self.log.open("rb") as log:
-                log.seek(self._log_begin)
+                end = log.seek(0, os.SEEK_END)
+                log.seek(self._log_begin if most is None else max(self._log_begin, end - most))
                 return log.read().decode(errors="replace")
         except OSError:
             return ""
@@ -237,7 +241,7 @@ class ServerProcess:
 
     def last_words(self, lines: int = 15) -> str:
         """The last lines of the log output of this process."""
-        return "\n".join(self.said().splitlines()[-lines:])
+        return "\n".join(self.said(_LAST_WORDS).splitlines()[-lines:])
 
     def stop(self) -> None:
         """Stop the server and wait until all its processes have ended; idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -42,7 +42,8 @@ class OfferCalls:
         return self._fleet.members
 
     def post(self, offer: Offer, report: Callable[[str], None]) -> None:
-        """Send the offer to all serving servers. report: called from the loop's thread with the error of each that fails."""
+        """Send the offer to all serving servers. report: called from the loop's thread with the error of each that fails, maybe
+        only after `settle`."""
         workers = offer.destination.tp
         bodies = []
         for number in range(offer.destination.servers):
@@ -92,6 +93,19 @@ class OfferCalls:
         return bool(guilty)
 
 
+@dataclass
+class _Try:
+    """A try of a sync. board: of the sync that it has entered."""
+
+    board: Board | None
+
+    def report(self, reason: str) -> None:
+        """Report to all ranks that a server is lost, so that none waits for it until the timeout. A report that comes after the
+        end of this try does not reach the next one."""
+        if self.board is not None:
+            self.board.report(reason)
+
+
 class ShardedSender:
     """`sharded`. See `Sender`. server: one server's layout. host: rank 0's address. calls: on rank 0 only.
 
@@ -103,7 +117,6 @@ class ShardedSender:
         self._members: list[tuple[str, int]] = []
         self._store: dist.TCPStore | None = None
         self._left: dist.TCPStore | None = None
-        self._opening: Board | None = None
         self._transport: ShardedTransport | None = None
 
     def send(self, weights: WeightSource, version: int) -> None:
@@ -117,12 +130,13 @@ class ShardedSender:
         if members != self._members:
             self._leave()
         offer = self._offer(weights, version, members)
+        this = _Try(None if self._transport is None else self._transport.wire.board)
         if self._calls is not None:
-            self._calls.post(offer, self._report)
+            self._calls.post(offer, this.report)
         error = None
         try:
             if self._transport is None:
-                self._transport = self._open(offer)
+                self._transport = self._open(offer, this)
             self._transport.sync(version, weights.shards())
         except RuntimeError as failure:  # a SyncError, or torch's error for a group that was not formed
             error = failure
@@ -177,28 +191,19 @@ class ShardedSender:
         timeout = datetime.timedelta(seconds=self._settings.timeout_s)
         return dist.TCPStore(self._host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 
-    def _open(self, offer: Offer) -> ShardedTransport:
+    def _open(self, offer: Offer, this: _Try) -> ShardedTransport:
         assert self._store is not None  # of the offer
-        self._opening = offer.board(self._store, dist.get_rank())
-        return offer.transport(self._store, dist.get_rank())
-
-    def _report(self, reason: str) -> None:
-        """Report to all ranks that a server is lost, so that none waits for it until the timeout."""
-        board = self._transport.wire.board if self._transport is not None else self._opening
-        if board is not None:
-            board.report(reason)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes sent by this rank since the connections were opened."""
-        return self._transport.wire.bytes_sent if self._transport is not None else 0
+        this.board = offer.board(self._store, dist.get_rank())  # until the transport has its own
+        transport = offer.transport(self._store, dist.get_rank())
+        this.board = transport.wire.board
+        return transport
 
     def _leave(self) -> None:
         """Close the connections but keep the store, where other ranks may still read why a sync failed."""
         if self._transport is not None:
             self._transport.close()
         self._left = self._store or self._left
-        self._transport = self._store = self._opening = None
+        self._transport = self._store = None
         self._members = []
 
     def close(self) -> None:

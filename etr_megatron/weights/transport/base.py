@@ -14,6 +14,7 @@ from etr_megatron.weights.listing import listed
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import Shards
+from etr_megatron.weights.transport.exchange import Memory
 from etr_megatron.weights.transport.wire import Wire
 
 
@@ -72,7 +73,7 @@ class Transport:
     complete: the version that all ranks have confirmed. It is None before the first sync and during a sync. It stays None after
     a sync that failed midway, because the destination then has a mixture of versions.
     Buffers: `sources` are read and `destinations` are written in place between call and return of `sync`; both belong to the
-    caller, before and after. The transport owns its buckets and keeps them for the next sync.
+    caller, before and after. The transport owns its buckets and frees them at the end of a sync.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Transport:
             raise ValueError(f"the layouts need {processes} processes, the wire has {wire.world}")
         self.wire = wire
         self.complete: int | None = None
+        self._memory = Memory(wire.device)
         self.source = wire.rank if wire.rank < source.world else None
         self.destination = wire.rank - start if 0 <= wire.rank - start < receivers else None
         self._source_wanted = {} if self.source is None else shards_wanted(source, arch, self.source, None)
@@ -118,6 +120,7 @@ class Transport:
                     destinations[name][wanted.filled :].zero_()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            self._memory.free()  # training and servers need the space
             board.meet("end")
         except SyncError as error:
             _let_go(error)
@@ -139,3 +142,4 @@ class Transport:
     def close(self) -> None:
         """Release connections and buckets."""
         self.wire.close()
+        self._memory.free()

@@ -55,7 +55,12 @@ class Board:
     def meet(self, phase: str) -> None:
         """Wait until all ranks reach this phase of the sync. Raises SyncError naming ranks that are missing or failed."""
         self._arrive(phase)
-        self._await([self._key(phase, rank) for rank in range(self.world)], self.timeout_s)
+        # The last rank to arrive tells the others: a poll of all ranks' keys would be O(world) for every waiting rank.
+        arrived, all_here = self._key(f"{phase}/arrived"), self._key(f"{phase}/all")
+        if self._store.add(arrived, 1) == self.world:
+            self._current += [arrived, all_here]
+            self._store.set(all_here, "")
+        self._await(all_here, self.timeout_s)
 
     def follow_rank0(self, phase: str, timeout_s: float) -> None:
         """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
@@ -63,7 +68,7 @@ class Board:
         So time that rank 0 spends alone between two phases does not count against the timeout of the other ranks' transfers.
         """
         self._arrive(phase)
-        self._await([self._key(phase, 0)], timeout_s)
+        self._await(self._key(phase, 0), timeout_s)
 
     def _arrive(self, phase: str) -> None:
         self._phase = phase
@@ -71,14 +76,14 @@ class Board:
         self._store.set(own, "")
         self._current.append(own)
 
-    def _await(self, keys: list[str], timeout_s: float) -> None:
+    def _await(self, key: str, timeout_s: float) -> None:
         self._patience, self._deadline = timeout_s, time.monotonic() + timeout_s
         pause = _SHORTEST_POLL_S
         # The store's own wait prints a warning at every timeout, and does not see failures.
-        while not self._store.check(keys):
+        while not self._store.check([key]):
             # A rank that failed after this meeting attended it. So all ranks pass, and agree on whether the sync has begun.
             late = self.left() <= 0
-            if (late or self.has_failed()) and not self._store.check(keys):
+            if (late or self.has_failed()) and not self._store.check([key]):
                 raise self.fail("")
             time.sleep(pause)
             pause = min(_POLL_GROWTH * pause, _POLL_S)

@@ -1,8 +1,8 @@
-"""Packs transfers into buckets of bounded size. Sender and receiver compute the same layout of transfers in messages.
+"""Packs transfers into buckets of bounded size. Sender and receiver compute the same messages.
 
 Small tensors are packed into one flat message. Tensors with larger elements come first, so that no padding for alignment is
 needed. A large tensor is a message of its own: on a side where it is contiguous, it is sent from, or received into, the shard
-itself and never copied.
+itself and never copied. On the other side it needs space in a buffer, see `stage`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 
 
 class Slot(NamedTuple):
-    """A tensor of a transfer in a bucket: its values, or (`scales`) the scales of its blocks."""
+    """A tensor of a transfer in a bucket: its values, or (`scales`) the scales of its blocks. offset: in a side's buffer."""
 
     transfer: Transfer
     scales: bool
@@ -51,12 +51,33 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slots in a buffer of `nbytes` bytes: the first `packed` bytes are one message, each slot of `alone` is another."""
+    """The messages between two ranks in a round: `slots` are one of `packed` bytes, each slot of `alone` is another.
+
+    The offsets of `alone` are not yet set: `stage` decides them, for each side on its own.
+    """
 
     slots: tuple[Slot, ...]
     alone: tuple[Slot, ...]
     packed: int
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One side of a bucket. A buffer of `nbytes` bytes (a multiple of the alignment) holds what is copied: the slots `copied`.
+
+    alone: the bucket's messages after the packed one. A tensor is the bytes in the shard itself, so it belongs to the shard's
+    owner; a slot is in the buffer.
+    """
+
+    copied: tuple[Slot, ...]
+    alone: tuple[Slot | Tensor, ...]
+    packed: int
     nbytes: int
+
+    def messages(self, flat: Tensor) -> list[Tensor]:
+        """Flat uint8 tensors in the order in which they are sent: views of the buffer `flat` (uint8 [nbytes]) or of shards."""
+        found = [flat[: self.packed]] if self.packed else []
+        return found + [one if isinstance(one, Tensor) else flat[one.offset : one.offset + one.nbytes] for one in self.alone]
 
 
 def _rows(transfer: Transfer, first: int, rows: int) -> Transfer:
@@ -112,12 +133,7 @@ def _place(tensors: Sequence[tuple[Transfer, bool, torch.dtype, Index]]) -> Buck
         else:
             packed.append(slot)
             offset += slot.nbytes
-    end = offset
-    for number, slot in enumerate(alone):
-        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is not sent
-        alone[number] = slot._replace(offset=end)
-        end += slot.nbytes
-    return Bucket(tuple(packed), tuple(alone), offset, end)
+    return Bucket(tuple(packed), tuple(alone), offset)
 
 
 def source_box(transfer: Transfer, shards: Shards) -> Tensor:
@@ -146,32 +162,33 @@ def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, s
     return tensor.view(-1).view(torch.uint8)
 
 
-def messages(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> list[Tensor]:
-    """The bucket as flat uint8 tensors in the order in which they are sent: parts of `flat` (uint8) or of the shards."""
-    found = [flat[: bucket.packed]] if bucket.packed else []
+def stage(plan: Plan, bucket: Bucket, shards: Shards, device: torch.device, *, sending: bool) -> Staged:
+    """The sender's or receiver's side of a bucket, from its shards. device: of the messages."""
+    copied, alone, end = list(bucket.slots), [], bucket.packed
     for slot in bucket.alone:
-        own = _in_place(plan, slot, shards, flat.device, sending=sending)
-        found.append(flat[slot.offset : slot.offset + slot.nbytes] if own is None else own)
-    return found
+        message: Slot | Tensor | None = _in_place(plan, slot, shards, device, sending=sending)
+        if message is None:
+            message = slot._replace(offset=_aligned(end))  # the gap is not sent
+            end = message.offset + message.nbytes
+            copied.append(message)
+        alone.append(message)
+    return Staged(tuple(copied), tuple(alone), bucket.packed, _aligned(end))
 
 
-def _copied(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> Iterator[Slot]:
-    """Slots that are copied through the buffer."""
-    yield from bucket.slots
-    for slot in bucket.alone:
-        if _in_place(plan, slot, shards, flat.device, sending=sending) is None:
-            yield slot
+def _aligned(end: int) -> int:
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
 
 
 @torch.no_grad()
-def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
-    """Fill `flat` (uint8) from a source's shards on the shards' device: cast to `dtype`, and then quantised where required.
+def pack(plan: Plan, staged: Staged, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
+    """Fill the caller's buffer `flat` (uint8 [nbytes]) from a source's shards on the shards' device: cast to `dtype`, and then
+    quantised where required.
 
     Values to be quantised are cast first as well, so that their bits do not depend on the transport or the source's own dtype.
     """
     quantised: dict[tuple[str, Index], Tensor] = {}
     # Scales have an earlier slot than their values. Quantising yields both, so the values are kept until their slot.
-    for slot in _copied(plan, bucket, flat, shards, sending=True):
+    for slot in staged.copied:
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
         block = plan.block_of(slot.transfer.weight)
@@ -185,9 +202,9 @@ def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.
 
 
 @torch.no_grad()
-def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
-    """Copy a received bucket into a destination's shards."""
-    for slot in _copied(plan, bucket, flat, shards, sending=False):
+def unpack(plan: Plan, staged: Staged, flat: Tensor, shards: Shards) -> None:
+    """Copy what was received into the buffer `flat` into a destination's shards."""
+    for slot in staged.copied:
         destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).copy_(slot.view(flat))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -89,10 +89,26 @@ class DiskWriter(Transport):
             mine[owners[weight.megatron]].append(weight)
         files = {rank: groups_of(some, dtype, fp8_block, file_bytes) for rank, some in mine.items()}
         self._own = files[wire.rank]
+        self._index = {
+            "metadata": {"total_size": sum(group.nbytes for groups in files.values() for group in groups)},
+            "weight_map": {
+                field.name: _file_name(rank, number)
+                for rank, groups in files.items()
+                for number, group in enumerate(groups)
+                for field in group.tensors
+            },
+        }
         self._rounds = max(len(groups) for groups in files.values())
         together = [[groups[number] for groups in files.values() if number < len(groups)] for number in range(self._rounds)]
         self._gather = Gather(
-            source, arch, lambda w: owners[w.megatron], together, wire, dtype=dtype, bucket_bytes=file_bytes // 8
+            source,
+            arch,
+            lambda weight: owners[weight.megatron],
+            together,
+            wire,
+            self._memory,
+            dtype=dtype,
+            bucket_bytes=file_bytes // 8,
         )
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
@@ -104,7 +120,10 @@ class DiskWriter(Transport):
                 _remove(self.directory.glob(".version_*"))  # left by a killed job
                 unfinished.mkdir(parents=True)
             self.wire.board.meet("directory")
-            self._publish(version, self._write_files(unfinished, sources), unfinished, final)
+            self._write_files(unfinished, sources)
+            self.wire.board.meet("written")
+            if self.wire.rank == 0:
+                self._publish(version, unfinished, final)
         except BaseException as error:
             self._give_up(error, unfinished)
             raise
@@ -124,21 +143,17 @@ class DiskWriter(Transport):
         elif not unfinished.exists():
             board.refuse_failed()
 
-    def _write_files(self, folder: Path, sources: Shards) -> dict[str, str]:
-        """Write this rank's files; returns tensor -> file. A file is gathered while the previous one is written."""
-        written: dict[str, str] = {}
+    def _write_files(self, folder: Path, sources: Shards) -> None:
+        """Write this rank's files. A file is gathered while the previous one is written."""
         with ThreadPoolExecutor(1) as disk:
             writing = disk.submit(lambda: None)
             for number in range(self._rounds):
                 tensors = self._gather_file(number, sources)
                 if tensors is None:
                     continue
-                name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
                 writing.result()
-                writing = disk.submit(_write_file, folder / name, tensors)
-                written.update(dict.fromkeys(tensors, name))
+                writing = disk.submit(_write_file, folder / _file_name(self.wire.rank, number), tensors)
             writing.result()
-        return written
 
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
         """HF name -> CPU tensor for this rank's file `number`; None if it only sends shards for others' files."""
@@ -150,20 +165,9 @@ class DiskWriter(Transport):
         self._gather.run(number, sources, (group, flat))
         return {field.name: field.view(flat).cpu() for field in group.tensors}
 
-    def _publish(self, version: int, own: Mapping[str, str], unfinished: Path, final: Path) -> None:
-        """Rank 0 merges all ranks' lists of written tensors into the index and renames the directory to its final name."""
-        part = unfinished / f".rank{self.wire.rank}.json"
-        part.write_text(json.dumps(own))
-        self.wire.board.meet("written")
-        if self.wire.rank:
-            return
-        files: dict[str, str] = {}
-        for rank in range(self.wire.world):
-            part = unfinished / f".rank{rank}.json"
-            files.update(json.loads(part.read_text()))
-            part.unlink()
-        size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
-        (unfinished / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}))
+    def _publish(self, version: int, unfinished: Path, final: Path) -> None:
+        """On rank 0, when all files are written: add the index and rename the directory to its final name."""
+        (unfinished / INDEX).write_text(json.dumps(self._index))
         (unfinished / VERSION_FILE).write_text(json.dumps({"version": version, "run": self._run}))
         for name in (INDEX, VERSION_FILE):
             sync_to_disk(unfinished / name)
@@ -192,10 +196,9 @@ class DiskWriter(Transport):
         kept = [*own, published][-KEEP:]
         return [folder for folder in runs if folder not in kept]
 
-    def close(self) -> None:
-        """See `Transport.close`."""
-        super().close()
-        self._gather.forget()
+
+def _file_name(rank: int, number: int) -> str:
+    return f"model-rank{rank:05d}-{number:05d}.safetensors"
 
 
 def _run_of(version: Path) -> str | None:

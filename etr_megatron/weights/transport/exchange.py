@@ -8,36 +8,68 @@ While a round is sent, the next one is packed and the previous one is unpacked.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from etr_megatron.weights.plan import Plan
-from etr_megatron.weights.transport.buckets import Bucket, Shards, buckets_of, copy_local, messages, pack, unpack
+from etr_megatron.weights.transport.buckets import Bucket, Shards, Staged, buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.wire import Message, Wire
 
 SMALLEST_BUCKET = 1 << 20
 """Minimum of the size limit of a pair's buckets, however many pairs there are."""
 
-Memory = dict[tuple[bool, int, int], Tensor]
-"""(sending, peer, parity of the round) -> uint8 buffer; exchanges that run one after the other may share it."""
+_Part = tuple[int, Staged, Tensor]
+"""The peer of a bucket, this rank's side of it, and the part of the memory that it is copied through."""
+
+
+class Memory:
+    """Owns the buffers that buckets are copied through: two for each direction, because one round is sent or unpacked while the
+    next one is packed or received. A buffer holds the buckets of all peers in a round.
+
+    Exchanges that run one after the other share it, and buffers grow to the largest round: new memory for every round would be
+    slow where pages must be mapped or pinned first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[tuple[bool, int], Tensor] = {}
+
+    def of_round(self, number: int, nbytes: int, *, sending: bool) -> Tensor:
+        """The buffer of a round, uint8 [nbytes]. It may be used until the round after next asks for its own."""
+        key = sending, number % 2
+        if key not in self._buffers or self._buffers[key].numel() < nbytes:
+            self._buffers.pop(key, None)  # so that it is free before the larger one is allocated
+            pinned = self._device.type == "cpu" and torch.cuda.is_available()
+            self._buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=pinned)
+        return self._buffers[key][:nbytes]
+
+    def free(self) -> None:
+        """Free the buffers."""
+        self._buffers.clear()
 
 
 class Exchange:
-    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`."""
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`.
 
-    def __init__(self, plan: Plan, wire: Wire, *, dtype: torch.dtype, bucket_bytes: int, memory: Memory | None = None) -> None:
-        self.plan, self.wire, self.dtype = plan, wire, dtype
+    memory: for buckets; other exchanges may use it before and after a run.
+    """
+
+    def __init__(self, plan: Plan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
+        self.wire, self.dtype = wire, dtype
         self.source = wire.rank if wire.rank < plan.source.world else None
         place = wire.rank - plan.destination_start
         self.destination = place if 0 <= place < plan.destination.world else None
-        self._outgoing, self._incoming = self._own_buckets(bucket_bytes)
-        self._memory: Memory = {} if memory is None else memory
+        self._outgoing, self._incoming = self._own_buckets(plan, bucket_bytes)
+        self._memory = memory
+        # Only this rank's part is kept: with many experts and servers, all transfers take hundreds of megabytes.
+        own = {pair: some for pair, some in plan.pairs.items() if pair[0] == self.source or pair[1] == self.destination}
+        self.plan = replace(plan, pairs=own)
 
-    def _own_buckets(self, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
+    def _own_buckets(self, plan: Plan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
         """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
-        plan = self.plan
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
         sources = Counter(destination for _, destination in remote)
         destinations = Counter(source for source, _ in remote)
@@ -56,49 +88,39 @@ class Exchange:
     def run(self, sources: Shards, destinations: Shards) -> None:
         """Fill the destination shards of this rank from the source shards of all."""
         rounds = max((len(buckets) for buckets in (*self._outgoing.values(), *self._incoming.values())), default=0)
-        self._pack(0, sources)
-        works = self._post(0, sources, destinations)
+        sends, receives = self._pack(0, sources), self._stage(0, destinations, sending=False)
+        works = self._post(sends, receives)
         self._copy_what_is_here(sources, destinations)
         for number in range(rounds):
-            self._pack(number + 1, sources)
+            sends = self._pack(number + 1, sources)
             self.wire.wait(works)
-            works = self._post(number + 1, sources, destinations)
-            for source, buckets in self._incoming.items():
-                if number < len(buckets):
-                    unpack(self.plan, buckets[number], self._buffer(False, source, number), destinations)
+            arrived, receives = receives, self._stage(number + 1, destinations, sending=False)
+            works = self._post(sends, receives)
+            for _, staged, flat in arrived:
+                unpack(self.plan, staged, flat, destinations)
 
-    def forget(self) -> None:
-        """Free the buckets' memory."""
-        self._memory.clear()
+    def _stage(self, number: int, shards: Shards, *, sending: bool) -> list[_Part]:
+        """A round's buckets in one direction."""
+        own = self._outgoing if sending else self._incoming
+        peers = [peer for peer, buckets in own.items() if number < len(buckets)]
+        found = [stage(self.plan, own[peer][number], shards, self.wire.device, sending=sending) for peer in peers]
+        sizes = [staged.nbytes for staged in found]
+        flats = self._memory.of_round(number, sum(sizes), sending=sending).split(sizes)
+        return list(zip(peers, found, flats, strict=True))
 
-    def _pack(self, number: int, sources: Shards) -> None:
-        for destination, buckets in self._outgoing.items():
-            if number < len(buckets):
-                pack(self.plan, buckets[number], self._buffer(True, destination, number), sources, self.dtype)
+    def _pack(self, number: int, sources: Shards) -> list[_Part]:
+        found = self._stage(number, sources, sending=True)
+        for _, staged, flat in found:
+            pack(self.plan, staged, flat, sources, self.dtype)
+        return found
 
-    def _post(self, number: int, sources: Shards, destinations: Shards) -> list[tuple[int, Any]]:
+    def _post(self, sends: list[_Part], receives: list[_Part]) -> list[tuple[int, Any]]:
         """Start a round."""
 
-        def of_all(own: dict[int, list[Bucket]], shards: Shards, sending: bool) -> list[Message]:
-            return [
-                (message, peer)
-                for peer, buckets in own.items()
-                if number < len(buckets)
-                for message in messages(
-                    self.plan, buckets[number], self._buffer(sending, peer, number), shards, sending=sending
-                )
-            ]
+        def messages(some: list[_Part]) -> list[Message]:
+            return [(message, peer) for peer, staged, flat in some for message in staged.messages(flat)]
 
-        return self.wire.exchange(of_all(self._outgoing, sources, True), of_all(self._incoming, destinations, False))
-
-    def _buffer(self, sending: bool, peer: int, number: int) -> Tensor:
-        """Memory for bucket `number` of a peer. There are two: one is sent while the other is packed or unpacked."""
-        key = sending, peer, number % 2
-        size = max(bucket.nbytes for bucket in (self._outgoing if sending else self._incoming)[peer])
-        if key not in self._memory or self._memory[key].numel() < size:
-            pinned = self.wire.device.type == "cpu" and torch.cuda.is_available()
-            self._memory[key] = torch.empty(size, dtype=torch.uint8, device=self.wire.device, pin_memory=pinned)
-        return self._memory[key]
+        return self.wire.exchange(messages(sends), messages(receives))
 
     def _copy_what_is_here(self, sources: Shards, destinations: Shards) -> None:
         """Copy the transfers within this process."""

@@ -16,7 +16,7 @@ class ShardedTransport(Transport):
     """See `Transport`. The wire's ranks are the plan's processes.
 
     dtype: of values that are sent unquantised, the same on all ranks; shards of another dtype are cast. bucket_bytes: bound of
-    the buckets that a rank keeps in each direction; there are two sets of them (at least 1 MiB per peer). checksums: compare
+    a rank's buckets in each direction (at least 1 MiB per peer); during a sync it has two sets of them. checksums: compare
     every destination piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
     """
 
@@ -30,15 +30,10 @@ class ShardedTransport(Transport):
         checksums: bool = False,
     ) -> None:
         super().__init__(wire, plan.arch, plan.source, plan.destination, plan.destination_start, plan.fp8_block)
-        self._exchange = Exchange(plan, wire, dtype=dtype, bucket_bytes=bucket_bytes)
+        self._exchange = Exchange(plan, wire, self._memory, dtype=dtype, bucket_bytes=bucket_bytes)
         self._checksums = checksums
 
     def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         self._exchange.run(sources, destinations)
         if self._checksums:
             compare(self._exchange, sources, destinations)
-
-    def close(self) -> None:
-        """See `Transport.close`."""
-        super().close()
-        self._exchange.forget()

@@ -104,8 +104,8 @@ def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | No
 class Gather:
     """Gathers groups of weights on their owners, whole and unquantised. Only parts that an owner does not hold are sent.
 
-    groups: groups[number] are the groups that `run(number)` gathers at the same time, each on its own owner. `run` is a
-    collective of the source's ranks.
+    groups: groups[number] are the groups that `run(number)` gathers at the same time, each on its own owner. memory: see
+    `Exchange`. `run` is a collective of the source's ranks.
     """
 
     def __init__(
@@ -115,23 +115,15 @@ class Gather:
         owner: Callable[[Weight], int],
         groups: Sequence[Sequence[Group]],
         wire: Wire,
+        memory: Memory,
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
         layout = WholeLayout(source.world, owner)
         plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
-        self._memory: Memory = {}
-        self._exchanges = [
-            Exchange(
-                plan.only({weight.megatron for group in together for weight in group.weights}),
-                wire,
-                dtype=dtype,
-                bucket_bytes=bucket_bytes,
-                memory=self._memory,
-            )
-            for together in groups
-        ]
+        parts = plan.split([[weight.megatron for group in together for weight in group.weights] for together in groups])
+        self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
         self._dtype = dtype
 
     def run(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
@@ -149,7 +141,3 @@ class Gather:
                 full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
         self._exchanges[number].run(sources, full)
         group.quantize(full, flat)
-
-    def forget(self) -> None:
-        """Free the buckets' memory."""
-        self._memory.clear()
