@@ -32,16 +32,17 @@ def python(code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_torch_itself_stays_untouched():
+def test_torch_itself_stays_untouched_and_reports_no_cuda_toolkit_without_a_gpu():
     printed = python(
         "import torch; before = (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
         "from etr_megatron import platform; platform.prepare_megatron()\n"
         "import megatron.core.pipeline_parallel.schedules as s\n"
         "assert s.torch is torch\n"
         "assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
-        "print('untouched')"
+        "import os; from torch.utils import cpp_extension; os.environ['CUDA_HOME'] = '/usr/local'\n"
+        "print(cpp_extension._find_cuda_home())"  # builds of torch for CUDA call it at import
     )
-    assert printed.strip().endswith("untouched")
+    assert printed == "/usr/local\n"
 
 
 @pytest.mark.slow

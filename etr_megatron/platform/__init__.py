@@ -5,6 +5,7 @@ torch is imported on first use: the processes of `workers` import this package a
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -90,6 +91,9 @@ def prepare_megatron() -> None:
 
         # megatron-core warns in many modules about missing TE, apex and CUDA settings.
         warnings.filterwarnings("ignore", module=r"megatron\.core")
+        # It imports torch's builder of extensions. With a CUDA build of torch, each process would report a CUDA toolkit that is
+        # installed without a GPU, as on a login node.
+        logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
         cpu_shim.install()
     from etr_megatron.platform import megatron_fixes
 
