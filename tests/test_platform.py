@@ -32,16 +32,31 @@ def python(code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_torch_itself_stays_untouched():
-    printed = python(
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> str:
+    """What a process prints that prepares megatron.core, on a machine with packages that cannot be imported without a GPU."""
+    folder = tmp_path_factory.mktemp("packages")
+    for package in ("transformer_engine", "apex"):
+        (folder / f"{package}.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')\n")
+    return python(
+        f"import sys; sys.path.append({str(folder)!r})\n"
         "import torch; before = (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
         "from etr_megatron import platform; platform.prepare_megatron()\n"
         "import megatron.core.pipeline_parallel.schedules as s\n"
         "assert s.torch is torch\n"
         "assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
-        "print('untouched')"
+        "print('untouched')\n"
+        "from importlib.util import find_spec; from megatron.core import optimizer\n"
+        "print('by', optimizer.Adam.__module__, find_spec('transformer_engine'), find_spec('apex'))\n"
     )
-    assert printed.strip().endswith("untouched")
+
+
+def test_torch_itself_stays_untouched(prepared):
+    assert "untouched\n" in prepared
+
+
+def test_on_cpu_installed_packages_for_gpus_are_not_looked_at(prepared):
+    assert prepared.endswith("by torch.optim.adamw None None\n")
 
 
 @pytest.mark.slow
