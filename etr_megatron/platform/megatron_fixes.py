@@ -25,6 +25,7 @@ def apply() -> None:
     _mend_step_of_optimizers_without_parameters()
     _mend_bf16_optimizers_without_parameters()
     _mend_latent_attention()
+    _mend_gradient_accumulation_fusion()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
@@ -60,6 +61,19 @@ def _mend_latent_attention() -> None:
     from megatron.core.transformer import multi_latent_attention
 
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+
+
+def _mend_gradient_accumulation_fusion() -> None:
+    """`tensor_parallel/layers.py` refuses `gradient_accumulation_fusion` without apex, though TE's layers fuse without it.
+
+    `ColumnParallelLinear` checks in its constructor for a kernel that its backward pass would call (RuntimeError). With TE's
+    layers it is only the class of the GPT model's output layer, which never runs: the head uses that layer's weight alone.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    if transformer_engine.HAVE_TE:
+        layers._grad_accum_fusion_available = True
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:
