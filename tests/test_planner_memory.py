@@ -137,6 +137,14 @@ def test_what_leaves_for_the_rollout_is_counted_in_training_alone_and_its_way_in
     assert plan("train.offload_for_rollout=true", "train.optimizer_offload=true").time.sync == stays.time.sync
 
 
+def test_fp8_copies_of_weights_leave_for_the_rollout_unless_they_are_the_weights():
+    fp8 = ("train.offload_for_rollout=true", "objective.kl_coef=0.01", "fp8.recipe=blockwise")
+    rank, held = plan(*fp8).ranks[0], plan(*fp8, "fp8.param=true").ranks[0]
+    copies = rank.parameters + rank.reference - 2 * 2 * rank.elements
+    assert rank.offloaded == rank.gradients + rank.optimizer + copies and copies > 0
+    assert held.offloaded == held.gradients + held.optimizer
+
+
 def test_weights_held_in_fp8_are_sent_from_a_copy_in_bf16():
     rank, held = plan("fp8.recipe=blockwise").ranks[0], plan("fp8.recipe=blockwise", "fp8.param=true").ranks[0]
     assert held.export - rank.export == rank.parameters - 2 * rank.elements > 0
