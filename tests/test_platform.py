@@ -190,6 +190,20 @@ def test_a_rank_has_kernels_start_in_the_order_of_their_launches_unless_told_oth
     assert os.environ[name] == wanted
 
 
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_ranks_memory_grows_in_segments_that_can_be_merged_unless_told_otherwise(monkeypatch, given):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    with pytest.raises(UserError):
+        train._run(["no_such.key=1"])
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({given: "max_split_size_mb:64"} if given else {names[0]: "expandable_segments:True"})
+
+
 @pytest.mark.parametrize("name", ["NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"])
 @pytest.mark.parametrize(
     ("overrides", "given", "wanted"),
