@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from etr_megatron.flops import BF16_PEAK
+from etr_megatron.flops import bf16_peak
 
 RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 """Values of `fp8.recipe`."""
@@ -31,7 +31,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "bf16_peak_flops": BF16_PEAK.get(properties.name),
+            "bf16_peak_flops": bf16_peak(properties.name),
         }
     return found
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import BF16_PEAK, RECIPES, recipes_left_out, release_memory, seconds_of
+from benchmarks.gpu_device import RECIPES, bf16_peak, recipes_left_out, release_memory, seconds_of
 from benchmarks.targets import summary
 from etr_megatron.status import run_and_leave
 
@@ -170,7 +170,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     peak = max(round(one.memory["memory_allocated_gib"] * 2**30) for one in updates) if cuda else None
     forward = [seconds_of(lambda: policy.logprobs(sequences), device) for _ in range(job["rounds"])]
     tokens = workload["samples"] * (workload["prompt"] + workload["response"])
-    flops, limit = flops_of_update(arch, workload), BF16_PEAK.get(torch.cuda.get_device_name(device)) if cuda else None
+    flops, limit = flops_of_update(arch, workload), bf16_peak(torch.cuda.get_device_name(device)) if cuda else None
     update = summary(seconds)
     return {
         "settings": settings[1:],

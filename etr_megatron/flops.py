@@ -8,12 +8,29 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
 BF16_PEAK = {
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H20": 148e12,
+    "H100": 989.4e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756.5e12,
+    "H200": 989.4e12,
+    "H200 NVL": 835.5e12,
+    "H800": 989.4e12,
+    "H800 PCIe": 756.5e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "B300": 2250e12,
 }
-"""Peak dense bf16 FLOP/s by CUDA device name, from NVIDIA's datasheets (without sparsity)."""
+"""Peak dense bf16 FLOP/s by GPU, from NVIDIA's datasheets, which state twice as much for products with 2:4 sparsity. A name
+without a suffix is the SXM module."""
+
+
+def bf16_peak(device: str) -> float | None:
+    """The peak of a device by CUDA's name of it, such as `NVIDIA H100 80GB HBM3`; None if unknown, and for a part of a GPU."""
+    name = device.removeprefix("NVIDIA ").replace("-", " ") + " "
+    known = [gpu for gpu in BF16_PEAK if name.startswith(gpu + " ")]
+    return BF16_PEAK[max(known, key=len)] if known and " MIG " not in name else None
 
 
 def active_parameters(arch: Architecture) -> int:

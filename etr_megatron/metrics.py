@@ -12,7 +12,7 @@ from etr_megatron import platform
 from etr_megatron.batching import is_trained
 from etr_megatron.config import Config, resolved, sets_by_name
 from etr_megatron.data import set_of
-from etr_megatron.flops import BF16_PEAK, sequence_flops
+from etr_megatron.flops import bf16_peak, sequence_flops
 from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
 from etr_megatron.observe.metrics import REWARD_PREFIX, TRAIN_SET_PREFIX
 from etr_megatron.policy import Policy, PolicyBatch, Update
@@ -169,7 +169,7 @@ def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seco
             tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
             step += passes * sequence_flops(policy.arch, tokens, sample.drawn)
     rate = step / seconds / policy.layout.world
-    peak = BF16_PEAK.get(torch.cuda.get_device_name()) if platform.uses_cuda() else None
+    peak = bf16_peak(torch.cuda.get_device_name()) if platform.uses_cuda() else None
     return {"tflops_per_gpu": rate / 1e12} | ({} if peak is None else {"mfu": rate / peak})
 
 

@@ -41,6 +41,10 @@ def _run(argv: list[str]) -> int:
     # Megatron relies on this: with one connection, kernels start in launch order, so communication starts before the GEMMs that
     # overlap with it. CUDA reads the variable at initialization.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        # Packed microbatches differ in length, and their tensors leave gaps that fixed segments cannot merge. Torch reads the
+        # variable at its first allocation. Servers do not inherit it.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     path, overrides = parse_args(argv)
     if os.environ.get("RANK", "0") == "0":  # one note is enough
         last_of_each(overrides)

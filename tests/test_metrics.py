@@ -14,6 +14,7 @@ import torch
 
 from etr_megatron import trainer
 from etr_megatron.config import Config
+from etr_megatron.flops import bf16_peak
 from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, training_speed
 from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsLog, keys_by_set
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
@@ -267,3 +268,23 @@ def test_metrics_tell_how_often_the_correction_acted(how, level):
         acted.extend(outside)
     assert 0 < np.mean(acted) < 1
     assert row["correction_frac"] == pytest.approx(np.mean(acted)) and row["correction_mean"] == pytest.approx(np.mean(weights))
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A800 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20-3e", 148),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_devices_peak_is_known_by_the_first_words_of_its_name(device, tflops):
+    assert bf16_peak(device) == (None if tflops is None else tflops * 1e12)

@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM, Qwen3ForCausalLM
 
 from etr_megatron.config import load_config
 from etr_megatron.flops import active_parameters, body_flops, head_flops
-from etr_megatron.planner import GPUS, H100, make_plan
+from etr_megatron.planner import GPUS, H100, Plan, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
@@ -303,12 +303,13 @@ def test_the_table_of_the_documentation_is_the_one_that_is_computed() -> None:
 
 
 def test_the_head_makes_its_logits_twice_for_a_loss_that_does_not_say_that_it_is_token_local() -> None:
-    def seconds_of_training(*overrides: str) -> float:
-        settings = ["model.path=Qwen3-8B", "parallel.tp=2", *overrides]
-        return make_plan(load_config(None, settings), 8, gpu=H100).time.train
+    def plan_of(*overrides: str) -> Plan:
+        return make_plan(load_config(None, ["model.path=Qwen3-8B", "parallel.tp=2", *overrides]), 8, gpu=H100)
 
-    once, twice = seconds_of_training(), seconds_of_training("train.grads_dtype=bfloat16")
-    assert once < twice == seconds_of_training("objective.loss=tests.broken_loss:leaves")
+    plan, custom = plan_of(), plan_of("objective.loss=tests.broken_loss:leaves")
+    product = plan.work.samples * head_flops(plan.arch, plan.work.response)
+    rate = 8 * H100.matmul * H100.dense_efficiency / (1 + plan.time.bubble)
+    assert custom.time.train - plan.time.train == pytest.approx(product / rate)
 
 
 def test_each_gpu_brings_its_own_memory_and_rates() -> None:

@@ -32,17 +32,33 @@ def python(code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_torch_itself_stays_untouched_and_reports_no_cuda_toolkit_without_a_gpu():
-    printed = python(
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> str:
+    """What a process prints that prepares megatron.core, on a machine with packages that cannot be imported without a GPU."""
+    folder = tmp_path_factory.mktemp("packages")
+    for package in ("transformer_engine", "apex"):
+        (folder / f"{package}.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')\n")
+    return python(
+        f"import sys; sys.path.append({str(folder)!r})\n"
         "import torch; before = (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
         "from etr_megatron import platform; platform.prepare_megatron()\n"
         "import megatron.core.pipeline_parallel.schedules as s\n"
         "assert s.torch is torch\n"
         "assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
+        "print('untouched')\n"
         "import os; from torch.utils import cpp_extension; os.environ['CUDA_HOME'] = '/usr/local'\n"
-        "print(cpp_extension._find_cuda_home())"  # builds of torch for CUDA call it at import
+        "print('found', cpp_extension._find_cuda_home())\n"  # builds of torch for CUDA call it at import
+        "from importlib.util import find_spec; from megatron.core import optimizer\n"
+        "print('by', optimizer.Adam.__module__, find_spec('transformer_engine'), find_spec('apex'))\n"
     )
-    assert printed == "/usr/local\n"
+
+
+def test_torch_itself_stays_untouched_and_reports_no_cuda_toolkit_without_a_gpu(prepared):
+    assert prepared.startswith("untouched\nfound /usr/local\n")
+
+
+def test_on_cpu_installed_packages_for_gpus_are_not_looked_at(prepared):
+    assert prepared.endswith("by torch.optim.adamw None None\n")
 
 
 @pytest.mark.slow
@@ -174,6 +190,20 @@ def test_a_rank_has_kernels_start_in_the_order_of_their_launches_unless_told_oth
     with pytest.raises(UserError):
         train._run(["no_such.key=1"])
     assert os.environ[name] == wanted
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_ranks_memory_grows_in_segments_that_can_be_merged_unless_told_otherwise(monkeypatch, given):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    with pytest.raises(UserError):
+        train._run(["no_such.key=1"])
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({given: "max_split_size_mb:64"} if given else {names[0]: "expandable_segments:True"})
 
 
 @pytest.mark.parametrize("name", ["NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"])

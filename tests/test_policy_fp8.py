@@ -7,13 +7,14 @@ import subprocess
 import sys
 import types
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from etr_megatron.config import Fp8Config, load_config, resolve
+from etr_megatron.config import Config, Fp8Config, TrainConfig, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.policy import Layout
+from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy import fp8 as policy_fp8
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.packing import pack
@@ -129,6 +130,20 @@ def test_whoever_needs_whole_weights_leaves_no_stale_copies_of_those_held_in_fp8
     """After a weight sync, all weights have been gathered, and the next forward pass finds nothing to do."""
     for stale in gangs(2).run("tests.policy_jobs:not_processed_after_gathering", model=hf_models["qwen3"]):
         assert stale == []
+
+
+def test_fp8_copies_of_weights_leave_the_gpu_for_the_rollout():
+    def layer() -> torch.nn.Module:
+        found = torch.nn.Linear(2, 3)
+        found._fp8_workspaces = {"weight": torch.ones(12)}  # as Transformer Engine's modules do
+        return found
+
+    layers = [layer() for _ in range(3)]
+    chunks, reference = [torch.nn.Sequential(layers[0], torch.nn.SiLU()), layers[1]], [torch.nn.Sequential(layers[2])]
+    for offload, kept in ((False, 1), (True, 0)):
+        config = Config(train=TrainConfig(offload_for_rollout=offload))
+        Policy.offload(SimpleNamespace(config=config, _ddp=[], chunks=chunks, reference=reference, optimizer=mock.Mock()))
+        assert [len(one._fp8_workspaces) for one in layers] == [kept] * 3
 
 
 def with_transformer_engine(monkeypatch, **modules: types.ModuleType | None) -> None:

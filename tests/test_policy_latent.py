@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from etr_megatron.checks import check_architecture
 from etr_megatron.config import load_config
 from etr_megatron.convert import Ranks, to_hf
 from etr_megatron.errors import UserError
+from etr_megatron.policy.packing import pack
 from etr_megatron.weights import read_architecture
 from tests import test_glm4_moe, test_routing_replay
 from tests.hf_models import write_model
+from tests.test_policy_losses import Waits
 
 SP = "parallel.sequence_parallel=true"
 
@@ -52,6 +59,34 @@ def test_replayed_experts_may_lie_in_other_groups(gangs, hf_models, monkeypatch)
     monkeypatch.setattr(test_routing_replay, "Told", test_glm4_moe.Told)
     routing = test_routing_replay.random_routing(3, experts=12, per_token=4)
     test_routing_replay.check(gangs, hf_models["deepseek_v3"], routing, test_routing_replay.LAYOUTS["cp2_ep2"])
+
+
+class NoWaits(TorchFunctionMode):
+    """Raises where a host would wait for its GPU to read a value."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func.__name__ not in Waits.READS, func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+def test_queries_are_turned_by_their_positions_without_waiting_for_the_device(cp):
+    from megatron.core.models.common.embeddings import rope_utils  # only after etr_megatron.policy has prepared it
+
+    samples = [([1] * 5, [2] * 8), ([1] * 2, [2]), ([1] * 4, [2] * 20)]
+    settings = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=True)
+    inverse, heads = torch.tensor([1.0, 0.3, 0.01]), 2
+    angles = torch.arange(60.0)[:, None] * inverse
+    freqs = torch.cat([angles, angles], -1)[:, None, None]
+    for rank in range(cp):
+        batch = pack(samples, [2, 0, 1], multiple=7, device=torch.device("cpu"), cp=cp, cp_rank=rank)
+        queries = torch.randn(batch.tokens.shape[1], heads, 2 * len(inverse), generator=torch.Generator().manual_seed(rank))
+        group = mock.Mock(size=lambda: cp, rank=lambda rank=rank: rank)
+        with NoWaits():
+            found = rope_utils.apply_rotary_pos_emb(queries, freqs, settings, batch.cu_seqlens, mscale=0.5, cp_group=group)
+        turns = torch.polar(torch.full_like(inverse, 0.5), batch.positions[0, :, None] * inverse)
+        turned = torch.view_as_complex(queries.unflatten(-1, (-1, 2))) * turns[:, None]
+        torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from etr_megatron.config import Config, Fp8Config, load_config, resolve
+from etr_megatron.platform import megatron_fixes
 from etr_megatron.policy import Layout, Policy, model_config
 from etr_megatron.policy import policy as policy_module
 from etr_megatron.policy.model_config import TransformerConfig, transformer_config, uses_transformer_engine
@@ -19,8 +20,7 @@ from etr_megatron.types import TokenSequence
 from etr_megatron.weights import read_architecture, weights_of
 from tests.test_policy_fp8 import ONE_RANK
 
-TRANSFORMER_ENGINE, FUSED_GRADIENTS = "transformer_engine", "fused_weight_gradient_mlp_cuda"
-"""Packages; the second, apex's kernel, is only checked for presence."""
+TRANSFORMER_ENGINE = "transformer_engine"
 
 
 def on_machine(monkeypatch, *packages: str, platform: str = "cuda") -> None:
@@ -28,7 +28,7 @@ def on_machine(monkeypatch, *packages: str, platform: str = "cuda") -> None:
     find_spec = importlib.util.find_spec
 
     def find(name: str, package: str | None = None):
-        if name in (TRANSFORMER_ENGINE, FUSED_GRADIENTS):
+        if name == TRANSFORMER_ENGINE:
             return object() if name in packages else None
         return find_spec(name, package)
 
@@ -57,20 +57,19 @@ def test_transformer_engine_is_used_on_cuda_where_it_is_installed_and_computes_a
     assert [getattr(told(hf_models["qwen3"]), name) for name in fusions] == [used] * len(fusions)
 
 
-@pytest.mark.parametrize(
-    ("packages", "fused"),
-    [
-        ([TRANSFORMER_ENGINE, FUSED_GRADIENTS], True),
-        ([TRANSFORMER_ENGINE], False),
-        # Megatron's own layers are not fused.
-        ([FUSED_GRADIENTS], False),
-    ],
-)
-def test_gradients_are_added_up_in_their_product_where_transformer_engine_and_apexs_kernel_are(
-    hf_models, monkeypatch, packages, fused
+@pytest.mark.parametrize("used", [True, False])
+def test_gradients_are_added_up_in_their_product_where_transformer_engine_is_and_apex_is_not_needed(
+    hf_models, monkeypatch, used
 ):
-    on_machine(monkeypatch, *packages)
-    assert told(hf_models["qwen3"]).gradient_accumulation_fusion == fused
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    on_machine(monkeypatch, *[TRANSFORMER_ENGINE] * used)
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", used)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)  # as without apex
+    megatron_fixes._mend_gradient_accumulation_fusion()
+    config = told(hf_models["qwen3"])
+    assert config.gradient_accumulation_fusion == used == layers._grad_accum_fusion_available
 
 
 @pytest.mark.parametrize(

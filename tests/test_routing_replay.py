@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import shutil
 import weakref
@@ -24,6 +25,8 @@ from etr_megatron.errors import UserError
 from etr_megatron.metrics import _replayed
 from etr_megatron.policy import StepRouting
 from etr_megatron.policy import routing as policy_routing
+from etr_megatron.policy.packing import pack
+from etr_megatron.policy.routing import RoutingReplay
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample, TokenSequence
 from etr_megatron.weights import Experts, read_architecture
@@ -188,6 +191,47 @@ def test_a_rank_gets_the_experts_of_its_own_samples_and_layers_and_keeps_no_othe
         assert told == tuple(lengths) and sorted(found) == (list(range(rank, 7, 3)) if rank < 2 else [])
         assert all(torch.equal(one, whole[i][:, rank % 2 :: 2]) for i, one in found.items())
         assert held == sum(one.numel() for one in found.values())
+
+
+class Router(torch.nn.Module):
+    """All that replay needs of Megatron's router."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer_number = layer + 1
+
+
+@pytest.mark.parametrize(("cp", "tp", "tp_shares"), [(1, 1, False), (1, 2, False), (2, 2, True), (1, 4, True)])
+def test_a_rank_holds_the_experts_of_its_own_tokens_before_the_first_pass(monkeypatch, cp, tp, tp_shares):
+    known, layers, own = [5, 0, 21, 7, 16], 4, [1, 3]
+    samples = [([1] * 4, [2] * 12), ([1] * 3, [2] * 2), ([1] * 5, [2] * 17), ([1] * 2, [2] * 6), ([1] * 9, [2] * 8)]
+    whole = all_experts(known, layers)
+    arch = mock.Mock(experts=mock.Mock(per_token=PER_TOKEN), expert_layers=range(layers))
+    monkeypatch.setattr(policy_routing, "TopKRouter", Router)
+    monkeypatch.setattr(StepRouting, "hand_out", lambda *_: {i: one[:, own] for i, one in enumerate(whole)})
+    for cp_rank, tp_rank in itertools.product(range(cp), range(tp)):
+        layout = mock.Mock(cp=cp, cp_rank=cp_rank, tp=tp, tp_rank=tp_rank)
+        chunks = [torch.nn.ModuleList(map(Router, own))]
+        replay = RoutingReplay(arch, chunks, layout, tp_shares=tp_shares)
+        micro = [
+            pack(samples, numbers, multiple=16, device=torch.device("cpu"), cp=cp, cp_rank=cp_rank)
+            for numbers in ([3, 0], [4, 2, 1])
+        ]
+        with replay.replaying(micro, StepRouting.of(whole)):
+            first, second = replay.told(0), replay.told(1)
+            # Nothing is assembled during a pass: on CPU, the recomputation of a microbatch gets the tensors of its first pass.
+            assert all(one is other for one, other in zip(first, replay.told(0), strict=True))
+        for batch, (experts, has) in zip(micro, (first, second), strict=True):
+            share = batch.tokens.shape[1] // (tp if tp_shares else 1)
+            assert experts.shape == (share, len(own), PER_TOKEN) and has.shape == (share,)
+            sequence = torch.searchsorted(batch.cu_seqlens // cp, torch.arange(batch.tokens.shape[1]), right=True) - 1
+            for token in range(share):
+                at = token + (share * tp_rank if tp_shares else 0)
+                number, position = int(sequence[at]), int(batch.positions[0, at])
+                is_known = number < len(batch.samples) and position < known[batch.samples[number]]
+                assert bool(has[token]) == is_known
+                if is_known:
+                    assert torch.equal(experts[token], whole[batch.samples[number]][position, own])
 
 
 def told_by(*numbers: int) -> list[Group]:

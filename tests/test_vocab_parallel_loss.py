@@ -173,18 +173,36 @@ def test_without_gradients_the_buffer_stays_untouched():
     assert not weight.main_grad.any() and not weight.grad_added_to_main_grad and not frozen.main_grad.any()
 
 
-@pytest.mark.parametrize("buffer", [None, torch.bfloat16])
-def test_without_an_fp32_buffer_the_gradient_takes_autograds_way(buffer):
+def test_without_a_buffer_the_gradient_takes_autograds_way():
     case = loss_case(7, 12, 50)
     weight = case.weight.clone().requires_grad_()
-    if buffer is not None:
-        weight.main_grad = torch.zeros(weight.shape, dtype=buffer)
     loss, _, states = run(case, weight)
     (3 * loss).backward()  # any scale works, as no gradient was formed in forward
     wanted = case.answer()
     torch.testing.assert_close(weight.grad.double(), 3 * wanted["weight_grad"], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(states.grad.double(), 3 * wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
-    assert buffer is None or not weight.main_grad.any()
+
+
+@pytest.mark.parametrize("way", ["single_pass", "recompute"])
+def test_a_bf16_buffer_gets_the_sum_over_all_chunks_rounded_once(way):
+    case, chunks = loss_case(7, 12, 50), []
+    wanted, token_loss = case.answer(), case.token_loss
+    case.token_loss = lambda rows, *values: chunks.append(rows) or token_loss(rows, *values)
+    weight = with_main_grad(case.weight, dtype=torch.bfloat16)
+    weight.main_grad.fill_(0.375)  # from an earlier microbatch
+    if way == "single_pass":
+        loss, _, states = run(case, weight, chunk_rows=3)
+        assert len(chunks) == 3 and weight.main_grad.ne(0.375).any()  # formed in forward
+    else:
+        states = case.hidden.requires_grad_()
+        options = dict(shard=VocabShard(50, 50), temperature=case.temperature, chunk_rows=3)
+        loss = token_loss(slice(0, 7), *vocab_parallel_logprob(states, weight, case.targets, **options))
+    loss.backward()
+    assert weight.grad_added_to_main_grad and weight.grad._nnz() == 0
+    torch.testing.assert_close(states.grad.double(), wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
+    exact = 0.375 + wanted["weight_grad"]
+    torch.testing.assert_close(weight.main_grad.double(), exact, atol=2e-5, rtol=2**-8)  # half a unit of bf16's last place
+    assert (weight.main_grad == exact.bfloat16()).double().mean() > 0.95
 
 
 @pytest.mark.parametrize("loss", ["entropy", "nothing"])

@@ -237,19 +237,15 @@ def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bo
     """Bytes of the head and loss on the last stage: the last norm's input and output, the loss rows with their gradient in
     fp32, and the logits of a chunk. Counts every token as a loss row.
 
-    own_sum: the gradient buffer is not fp32, so the head sums its weight gradient in a separate fp32 tensor. It then returns
-    the weight's and the rows' gradients in the model's dtype, in the backward pass, after the last norm's output is freed.
+    own_sum: the gradient buffer is not fp32, so the head sums its weight gradient in a separate fp32 tensor.
     """
     from etr_megatron.weights import padded_vocab_size
 
     norm, rows = layer_input(arch, split), split.tokens * arch.hidden_size
     vocab = padded_vocab_size(arch.vocab_size, split.tp) // split.tp
     chunk = _chunk_bytes(split, chunk_rows, vocab)
-    if not own_sum:
-        return 2 * norm + rows * (split.element + 4) + chunk
-    total = vocab * arch.hidden_size
-    handing_over = (total + rows) * split.element
-    return norm + rows * (split.element + 4) + 4 * total + max(chunk, handing_over)
+    total = 4 * vocab * arch.hidden_size if own_sum else 0
+    return 2 * norm + rows * (split.element + 4) + chunk + total
 
 
 def _chunk_bytes(split: Split, chunk_rows: int, vocab: int) -> int:

@@ -60,7 +60,7 @@ class Hardware:
 A100 = Hardware(
     name="A100 SXM",
     gib=80,
-    matmul=BF16_PEAK["NVIDIA A100-SXM4-80GB"],
+    matmul=BF16_PEAK["A100"],
     matmul_fp32=19.5e12,
     memory=2.039e12,
     nvlink=300e9,
@@ -72,7 +72,7 @@ adapter per GPU."""
 H100 = Hardware(
     name="H100 SXM",
     gib=80,
-    matmul=BF16_PEAK["NVIDIA H100 80GB HBM3"],
+    matmul=BF16_PEAK["H100"],
     matmul_fp32=67e12,
     memory=3.35e12,
     nvlink=450e9,
@@ -81,13 +81,13 @@ H100 = Hardware(
 """NVIDIA H100 datasheet, SXM5, dense BF16 and HBM3; NVLink 4 is 900 GB/s for both directions together; a DGX H100 has one 400
 Gb/s NDR adapter per GPU."""
 H200 = Hardware(
-    name="H200 SXM", gib=141, matmul=BF16_PEAK["NVIDIA H200"], matmul_fp32=67e12, memory=4.8e12, nvlink=450e9, network=50e9
+    name="H200 SXM", gib=141, matmul=BF16_PEAK["H200"], matmul_fp32=67e12, memory=4.8e12, nvlink=450e9, network=50e9
 )
 """NVIDIA H200 datasheet, SXM: an H100 with 141 GB of HBM3e."""
 B200 = Hardware(
     name="B200",
     gib=180,
-    matmul=BF16_PEAK["NVIDIA B200"],
+    matmul=BF16_PEAK["B200"],
     matmul_fp32=75e12,
     memory=8e12,
     nvlink=900e9,

@@ -198,7 +198,7 @@ def rank_memory(
                 gradients=gradients,
                 optimizer=optimizer,
                 step=_step_bytes(trained, own, config, layout),
-                offloaded=gradients + optimizer if config.train.offload_for_rollout else 0,
+                offloaded=gradients + optimizer + _fp8_copies(held, config) if config.train.offload_for_rollout else 0,
                 reference=_reference_bytes(held, config, element),
                 base=0 if offloaded else element * own.base,
                 base_on_host=element * own.pinned if offloaded else 0,
@@ -262,13 +262,25 @@ def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
     return other * element + held.matrices * (2 if config.fp8.param else element + 2)
 
 
+def _has_reference(config: Config) -> bool:
+    """Whether there is a second model. With adapters, the model itself with its original values is the reference."""
+    return config.objective.kl_coef > 0 and not config.lora.rank
+
+
 def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
     """Bytes of the reference model, a second set of weights without gradients. A forward pass in FP8 only needs the row-wise
-    copies of matrices. With adapters this is 0: the model itself with its original values is the reference."""
-    if config.objective.kl_coef <= 0 or config.lora.rank:
+    copies of matrices."""
+    if not _has_reference(config):
         return 0
     copies = held.matrices if config.fp8.recipe != "none" and not config.fp8.param else 0
     return held.total * element + copies
+
+
+def _fp8_copies(held: RankParameters, config: Config) -> int:
+    """Bytes of the FP8 copies that a rollout does not need: of the matrices of the model, and of the reference."""
+    if config.fp8.recipe == "none" or config.fp8.param:
+        return 0
+    return held.matrices * (3 if _has_reference(config) else 2)
 
 
 def _optimizer_bytes(trained: RankParameters, config: Config, layout: TrainingLayout) -> int:

@@ -93,11 +93,11 @@ def step_time(
 def _head_products(config: Config) -> int:
     """Products of the head in an update: the logits, the rows' gradient, and the weight's unless it is frozen.
 
-    With a token-local loss and an fp32 gradient buffer, the head computes its gradients in the forward pass; else it computes
-    the logits twice. A custom loss counts as not token-local: finding out would need its import, which a plan avoids.
+    With a token-local loss, the head computes its gradients in the forward pass; else it computes the logits twice. A custom
+    loss counts as not token-local: finding out would need its import, which a plan avoids.
     """
     loss, frozen = config.objective.loss, config.lora.rank > 0
-    twice = loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16"
+    twice = loss == "gspo" or loss not in LOSSES
     return 2 + (not frozen) + twice
 
 

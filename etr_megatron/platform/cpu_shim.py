@@ -9,6 +9,9 @@ module. So torch itself stays untouched, no list of modules or lines is needed, 
     x.cuda(...)                  ->  x.to("cpu")
     pin_memory=True              ->  pin_memory=False
 
+Where Transformer Engine or apex is installed, megatron.core would take their layers and optimizers, which need a GPU. So they
+cannot be imported after `install`.
+
 Nothing here runs on CUDA.
 """
 
@@ -30,6 +33,7 @@ import torch
 
 _PREFIX = "megatron.core"
 _STAND_IN = "__etr_cpu_cuda__"
+_NEED_A_GPU = ("transformer_engine", "apex")
 
 
 class _NoStream:
@@ -200,7 +204,7 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
 
 
 def install() -> None:
-    """Install the import hook, once per process, and import megatron.core.
+    """Install the import hook and hide packages that need a GPU, once per process, and import megatron.core.
 
     Raises RuntimeError if megatron.core was already imported: its modules would keep their CUDA calls.
     """
@@ -209,6 +213,8 @@ def install() -> None:
     if _PREFIX in sys.modules:
         raise RuntimeError("megatron.core was imported before etr_megatron.platform.prepare_megatron()")
     sys.meta_path.insert(0, _Finder())
+    for package in _NEED_A_GPU:
+        sys.modules[package] = None  # type: ignore[assignment]  # an import raises ModuleNotFoundError, `find_spec` returns None
     import megatron.core.tensor_parallel.random
 
     megatron.core.tensor_parallel.random._set_cuda_rng_state = _set_rng_state

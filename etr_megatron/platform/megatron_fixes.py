@@ -25,6 +25,8 @@ def apply() -> None:
     _mend_step_of_optimizers_without_parameters()
     _mend_bf16_optimizers_without_parameters()
     _mend_latent_attention()
+    _mend_gradient_accumulation_fusion()
+    _mend_rotary_embedding_of_packed_sequences()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
@@ -60,6 +62,64 @@ def _mend_latent_attention() -> None:
     from megatron.core.transformer import multi_latent_attention
 
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+
+
+def _mend_gradient_accumulation_fusion() -> None:
+    """`tensor_parallel/layers.py` refuses `gradient_accumulation_fusion` without apex, though TE's layers fuse without it.
+
+    `ColumnParallelLinear` checks in its constructor for a kernel that its backward pass would call (RuntimeError). With TE's
+    layers it is only the class of the GPT model's output layer, which never runs: the head uses that layer's weight alone.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    if transformer_engine.HAVE_TE:
+        layers._grad_accum_fusion_available = True
+
+
+def _mend_rotary_embedding_of_packed_sequences() -> None:
+    """`models/common/embeddings/rope_utils.py` waits for the device twice per call, for lengths of sequences.
+
+    Latent attention calls it for queries and for keys in every layer and pass (TE's fused rotary embedding is off for it), and
+    the host cannot launch kernels ahead meanwhile. The fix looks up each token's frequencies by its position, which is computed
+    on the device.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rope_utils._apply_rotary_pos_emb_thd = rotary_embedding_of_packed_sequences
+
+
+def rotary_embedding_of_packed_sequences(
+    t: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+) -> Tensor:
+    """Megatron's `_apply_rotary_pos_emb_thd` without waiting for the device.
+
+    t: [T, heads, dimensions], this context-parallel rank's tokens of packed sequences. cu_seqlens: int32 [sequences + 1],
+    offsets over the tokens of all CP ranks. freqs: [at least the longest sequence, 1, 1, turned dimensions].
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    cp, rank, tokens = cp_group.size(), cp_group.rank(), len(t)
+    offsets = cu_seqlens.long() // cp
+    lengths = offsets.diff()
+    sequence = torch.arange(len(lengths), device=t.device).repeat_interleave(lengths, output_size=tokens)
+    positions = torch.arange(tokens, device=t.device) - offsets[sequence]
+    if cp > 1:  # of the 2 CP chunks of a sequence, a rank has one from each end
+        chunk = lengths[sequence] // 2
+        positions = positions + chunk * torch.where(positions < chunk, rank, 2 * (cp - 1) - rank)
+    return rope_utils._apply_rotary_pos_emb_bshd(
+        t.unsqueeze(1),
+        freqs[positions],
+        rotary_interleaved=rotary_interleaved,
+        multi_latent_attention=multi_latent_attention,
+        mscale=mscale,
+    ).squeeze(1)
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:

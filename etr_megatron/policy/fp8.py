@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from etr_megatron import platform
 from etr_megatron.config import Fp8Config
@@ -42,6 +45,13 @@ def require_fp8(fp8: Fp8Config) -> None:
     supported, reason = getattr(FP8GlobalStateManager, _SUPPORT.get(fp8.recipe, "is_fp8_available"))()
     if not supported:
         raise UserError(f"fp8.recipe={fp8.recipe} cannot run on this device: {reason} Choose another, or set fp8.recipe=none")
+
+
+def drop_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
+    """Free the FP8 copies of bf16 weights that Transformer Engine's modules keep; the next forward pass makes them again."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:

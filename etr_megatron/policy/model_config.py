@@ -165,8 +165,7 @@ def _fusions(fused: bool, *, latent: bool) -> dict[str, Any]:
         bias_activation_fusion=fused,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused and not latent,
-        # Megatron's own linear layers need apex for this fusion and cannot be built without it.
-        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=fused,
     )
 
 

@@ -33,7 +33,7 @@ from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import padded_length
 from etr_megatron.policy.export import Export
-from etr_megatron.policy.fp8 import require_fp8, token_multiple
+from etr_megatron.policy.fp8 import drop_weight_copies, require_fp8, token_multiple
 from etr_megatron.policy.megatron_fields import complaints_about
 from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
@@ -214,12 +214,13 @@ class Policy:
         return Export(self)
 
     def offload(self) -> None:
-        """With `train.offload_for_rollout`, free the GPU memory that only updates need, until `reload`: gradients are dropped,
-        and the optimizer's state moves to the CPU. Weights stay. May be called again."""
+        """With `train.offload_for_rollout`, free the GPU memory that only training needs, until `reload`: gradients and FP8
+        copies of weights are dropped, and the optimizer's state moves to the CPU. Weights stay. May be called again."""
         if not self.config.train.offload_for_rollout:
             return
         for chunk in self._ddp:
             chunk.offload_grad_buffers(empty_cache=False)
+        drop_weight_copies([*self.chunks, *(self.reference or [])])
         if not self.config.train.optimizer_offload:  # else it is there already
             self.optimizer.offload_to_cpu()
 

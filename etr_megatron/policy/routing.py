@@ -7,12 +7,11 @@ computes the weights of the chosen experts itself, and receives their gradient.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from etr_megatron import platform
+from etr_megatron.policy.context import own_ranges
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
@@ -101,6 +101,17 @@ def _layer_of(router: TopKRouter) -> int:
     return int(number) - 1
 
 
+class Told(NamedTuple):
+    """The given experts of a microbatch's tokens, for one rank.
+
+    experts: uint8 [tokens that this rank routes, its MoE layers, experts per token]. known: bool [tokens]; for the others,
+    `experts` has no meaning: after a sample's known tokens, in padding and in dummy sequences.
+    """
+
+    experts: Tensor
+    known: Tensor
+
+
 class RoutingReplay:
     """Makes the routers of a stage's chunks use given experts, pass by pass.
 
@@ -114,9 +125,8 @@ class RoutingReplay:
         mixtures = arch.expert_layers
         self._shape = len(mixtures), arch.experts.per_token
         self._layout, self._tp_shares = layout, tp_shares
-        self._places: list[_Places] = []
-        self._routing: dict[int, Tensor] | None = None
-        self._latest: tuple[int, Tensor] | None = None
+        self._told: list[Told] | None = None
+        self._latest: tuple[int, Told] | None = None
         self._own = [mixtures.index(_layer_of(router)) for router in routers(chunks)]
         self._layers = [_Layer(self, place) for place in range(len(self._own))]
         for router, layer in zip(routers(chunks), self._layers, strict=True):
@@ -126,52 +136,49 @@ class RoutingReplay:
     def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
         """Context for the passes over these microbatches. routing: the step's, which the microbatches index by sample; None
         lets the routers choose. A collective if routing is given."""
-        # Read once, before the passes: every read synchronizes with the device.
-        self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
         if routing is not None:
-            self._routing = routing.hand_out({sample for batch in micro for sample in batch.samples}, self._own, self._shape)
+            samples = {sample for batch in micro for sample in batch.samples}
+            handed = routing.hand_out(samples, self._own, self._shape)
+            # Before the passes: reading the offsets waits for the device, which would later wait for the copies on the host.
+            self._told = [self._told_of(batch, handed) for batch in micro]
         for layer in self._layers:
             layer.begin()
         try:
             yield
         finally:  # free gigabytes: the next step's routing arrives before its passes
-            self._places, self._routing, self._latest = [], None, None
+            self._told, self._latest = None, None
 
     @property
     def is_told(self) -> bool:
         """Whether routers must use given experts now."""
-        return self._routing is not None
+        return self._told is not None
 
-    def told(self, number: int) -> Tensor:
-        """Experts of microbatch `number`: int16 [tokens that this rank routes, its MoE layers, experts per token]; -1 if
-        unknown: after a sample's known tokens, in padding and in dummy sequences."""
+    def told(self, number: int) -> Told:
+        """The experts of microbatch `number`, on the device."""
+        assert self._told is not None
         if self._latest is None or self._latest[0] != number:  # a pass asks once per layer
-            self._latest = number, platform.to_device(self._of_this_rank(self._places[number]))
+            self._latest = number, Told(*map(platform.to_device, self._told[number]))
         return self._latest[1]
 
-    def _of_this_rank(self, places: _Places) -> Tensor:
-        assert self._routing is not None
-        found = torch.full((len(places.positions), len(self._own), self._shape[1]), -1, dtype=torch.int16)
-        for sample, (begin, end) in zip(places.samples, itertools.pairwise(places.offsets), strict=False):
-            routing, own = self._routing[sample], places.positions[begin:end]
-            known = own < len(routing)
-            found[begin:end][known] = routing[own[known]].to(torch.int16)
-        return found.chunk(self._layout.tp)[self._layout.tp_rank] if self._tp_shares else found
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where a context-parallel rank's tokens of a microbatch come from: each token's position in its sequence [T], the offset
-    of each sequence among the tokens, and the sample index of each sequence (a dummy sequence may follow)."""
-
-    samples: Sequence[int]
-    positions: Tensor
-    offsets: list[int]
-
-    @classmethod
-    def of(cls, batch: Microbatch, cp: int) -> _Places:
-        """From a microbatch, whose `cu_seqlens` cover the tokens of all `cp` ranks."""
-        return cls(batch.samples, batch.positions[0].cpu(), [offset // cp for offset in batch.cu_seqlens.tolist()])
+    def _told_of(self, batch: Microbatch, handed: dict[int, Tensor]) -> Told:
+        """The experts of a microbatch, from those of its samples, which are taken out of `handed`."""
+        layout = self._layout
+        share = batch.tokens.shape[1] // (layout.tp if self._tp_shares else 1)
+        first = share * layout.tp_rank if self._tp_shares else 0
+        pinned = platform.uses_cuda()
+        experts = torch.empty(share, len(self._own), self._shape[1], dtype=torch.uint8, pin_memory=pinned)
+        known = torch.zeros(share, dtype=torch.bool, pin_memory=pinned)
+        at = -first  # where the next part begins, counted from this rank's first token
+        lengths = batch.cu_seqlens.diff().tolist()
+        for sample, length in zip(batch.samples, lengths, strict=False):  # a dummy sequence may follow
+            routing = handed.pop(sample)
+            for part in own_ranges(length, layout.cp, layout.cp_rank):
+                begin, end = max(at, 0), min(at + min(part.stop, len(routing)) - part.start, share)
+                if begin < end:
+                    experts[begin:end] = routing[part.start + begin - at : part.start + end - at]
+                    known[begin:end] = True
+                at += len(part)
+        return Told(experts, known)
 
 
 class _Layer:
@@ -194,7 +201,7 @@ class _Layer:
             return own, chosen
         # Count passes with and without gradients separately: recomputation runs one of each per microbatch.
         with_gradient = torch.is_grad_enabled()
-        told = self._owner.told(self._passes[with_gradient])[:, self._index].long()
+        experts, known = self._owner.told(self._passes[with_gradient])
         self._passes[with_gradient] += 1
-        chosen = torch.where(told < 0, chosen, told)
+        chosen = torch.where(known[:, None], experts[:, self._index].long(), chosen)
         return scores.gather(1, chosen), chosen

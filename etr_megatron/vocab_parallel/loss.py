@@ -35,7 +35,7 @@ from etr_megatron.vocab_parallel import gemm, torch_rows
 from etr_megatron.vocab_parallel.logprob import check_shapes, logprob_through
 from etr_megatron.vocab_parallel.shard import VocabShard
 from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, columns_at_a_time, sweep
-from etr_megatron.vocab_parallel.weight_grad import WeightGrad, main_grad, weight_grad
+from etr_megatron.vocab_parallel.weight_grad import WeightGrad, main_grad, marked_as_added, weight_grad
 
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
 """(rows, logp fp32 [rows], entropy fp32 [rows]) -> scalar: the summed loss of those rows, divided by the denominator."""
@@ -89,9 +89,12 @@ class _SinglePass(torch.autograd.Function):
             if group is not None:
                 # Detached: gloo's thread may hold its tensor a little longer, and autograd copies a gradient with other owners.
                 reductions.append(dist.all_reduce(grad_hidden.detach()[rows], group=group, async_op=True))
+        if sink is not None:
+            sink.add_to_main_grad()
         for reduction in reductions:
             reduction.wait()
-        ctx.grad_hidden, ctx.dtype, ctx.sink, ctx.scale = grad_hidden, hidden.dtype, sink, backward_scale
+        ctx.grad_hidden, ctx.dtype, ctx.scale = grad_hidden, hidden.dtype, backward_scale
+        ctx.weight = None if sink is None else weight  # not the sum, which is no longer needed
         logp, entropy = rows_out
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy
@@ -102,7 +105,7 @@ class _SinglePass(torch.autograd.Function):
             raise RuntimeError("the single-pass loss went backward twice; its gradients were formed once, in forward")
         _check_scale(grad_loss, ctx.scale)
         grad_hidden, ctx.grad_hidden = ctx.grad_hidden.to(ctx.dtype), None
-        return grad_hidden, None if ctx.sink is None else ctx.sink.handed_to_autograd(), *[None] * 5
+        return grad_hidden, None if ctx.weight is None else marked_as_added(ctx.weight), *[None] * 5
 
 
 def _check_scale(found: Tensor, expected: float) -> None:
@@ -135,9 +138,10 @@ def vocab_parallel_loss(
     CUDA as an asynchronous device-side assertion.
 
     The weight's gradient is added to `weight.main_grad` DURING FORWARD (DDP owns it), so a call with gradients enabled must be
-    followed by exactly one backward; a frozen weight has no gradient. Without an fp32 `main_grad` of a weight that is trained,
-    log-probs go through `vocab_parallel_logprob` (4 GEMMs), and `token_loss` is called once, with all rows. Without gradients
-    only the values are computed.
+    followed by exactly one backward; a frozen weight has no gradient. If `main_grad` is not fp32, an fp32 sum over the rows is
+    added to it at the end of forward. Without a `main_grad` of a weight that is trained, log-probs go through
+    `vocab_parallel_logprob` (4 GEMMs), and `token_loss` is called once, with all rows. Without gradients only the values are
+    computed.
 
     Collectives of the single pass, all in forward: an all-gather per chunk, 16 bytes per row, and an all-reduce of its fp32
     [rows, H]. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
