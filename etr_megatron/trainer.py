@@ -234,6 +234,7 @@ class Trainer:
         with self._watch.phase("train"):
             self._meet(f"training of step {self.step}")
             if self.engine is not None:
+                self.sampler.cut_off()
                 self.engine.release()
             self.policy.reload()
             sequences, has_reference = sequences_of(groups), self.policy.has_reference

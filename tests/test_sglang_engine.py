@@ -231,9 +231,11 @@ def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_come
 def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):
     routes = gangs(1).run("tests.sglang_jobs:colocated", model=hf_models["qwen3"], directory=str(tmp_path), **OWN)[0]
     first = [route for route in routes if any(word in route for word in ("memory", "generation", "_weights_", "flush"))]
+    idle = "/flush_cache?timeout=30"
     # Also as soon as it has started: ranks build their models then.
-    assert first[:2] == ["/release_memory_occupation", "/resume_memory_occupation weights"]
+    assert first[:3] == [idle, "/release_memory_occupation", "/resume_memory_occupation weights"]
     assert first[first.index("/continue_generation") + 1 :] == [
+        idle,
         "/release_memory_occupation",
         "/resume_memory_occupation weights",
         "/pause_generation",

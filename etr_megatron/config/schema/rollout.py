@@ -45,10 +45,11 @@ class RolloutConfig:
     it; `partial` keeps this many groups pending."""
     partial: bool = False
     """Begin training when `prompts_per_step` groups are complete. Responses still in flight are cut off at the next weight sync
-    and continued after it; each token keeps its own log-prob and weight version. Needs `max_staleness` of 1 or more."""
+    (before training if servers are colocated) and continued after it; each token keeps its own log-prob and weight version.
+    Needs `max_staleness` of 1 or more."""
     max_staleness: int = 0
     """Largest age of a token that is trained on, in weight syncs. 0: a step generates, then trains. 1: the responses of a step
-    are generated while the previous step trains; needs servers."""
+    are generated while the previous step trains; needs servers. Colocated servers only continue `partial` responses."""
     record: bool = False
     """Write all groups of every step, with tokens and log-probs, to `<run>/recorded/`."""
     replay: str | None = None

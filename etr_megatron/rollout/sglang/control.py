@@ -61,6 +61,9 @@ PROBE_PROMPT = tuple(range(3, 15))
 _CLOSE_S = 5.0
 """Seconds for servers to return aborted requests when the job ends. The replies are not used."""
 
+_IDLE_S = 30.0
+"""Seconds for a server to become idle after its last request was answered or aborted."""
+
 _PROBE_TOKENS = 32
 _SUSPICIONS = "suspicions.json"
 _HEALTH_S = 5.0
@@ -275,6 +278,10 @@ class Control:
         Returns the failed servers: they get no request, and hold their memory as long as they run.
         """
         if self._colocated and not self._released:
+            assert not self.stream.in_flight
+            # SGLang (0.5.21) ends a server that is not idle when it is to release its memory. An aborted request may occupy it
+            # for a little longer than its reply; this request waits until the server is idle.
+            self.run(self.fleet.call_all(f"/flush_cache?timeout={_IDLE_S:g}", {}, timeout_s=self._config.update_timeout_s))
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()

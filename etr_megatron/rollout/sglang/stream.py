@@ -82,6 +82,11 @@ class RequestStream:
         self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
 
+    @property
+    def in_flight(self) -> int:
+        """Number of requests in flight, tests of problems included."""
+        return len(self._running)
+
     async def submit(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
         """Start these requests, in order; keys must be new, and 0 or more. first: ahead of all other waiting requests."""
         self._add(dict(reversed([*requests.items()])) if first else requests, first=first)
