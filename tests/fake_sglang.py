@@ -142,7 +142,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         os._exit(9)
     if BEHAVIOUR.get("drop_at") == number:
         return DROP, None
-    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first:
+    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first or BEHAVIOUR.get("fail_all"):
         return 500, {"error": {"message": "out of order"}}
     if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG

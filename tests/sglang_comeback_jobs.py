@@ -97,12 +97,31 @@ def colocated_failures(model: str, directory: str, fails_after: Sequence[int], *
             engine.update_weights(policy.export(), version)
             states = states_of(engine)
             if engine._control is not None and version in fails_after:
-                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"fail_at": 0}, timeout_s=120))
+                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"abort_at": 0}, timeout_s=120))
             engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version))
             before = there(states)
             engine.release()
             found.append([list(states), before, there(states)])
         return found
+    finally:
+        engine.close()
+
+
+def failed_between(model: str, directory: str, **settings: Any) -> list[tuple[str, bool]]:
+    """A server of the job is healthy and marked as failed before each of three syncs, the first of two servers. For each sync:
+    its version afterwards, and whether it is the process that was started first."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, sync="disk", servers=2, **settings)
+    try:
+        assert engine._control is not None
+        client, found, pid = engine._control.fleet.clients[0], [], 0
+        for version in range(1, 5):
+            engine.update_weights(policy.export(), version)
+            state = engine._control.run(client.get("/state", timeout_s=120))
+            pid = pid or state["pid"]
+            found.append((state["version"], state["pid"] == pid))
+            engine._control.fleet.mark_failed(client, "completed no response")
+        return found[1:]
     finally:
         engine.close()
 

@@ -261,6 +261,12 @@ def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_
     assert versions == {"SGLang server 0": "3", "SGLang server 1": "3"}
 
 
+def test_a_healthy_server_is_not_started_again_unless_it_fails_repeatedly(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    (found,) = gangs(1).run("tests.sglang_comeback_jobs:failed_between", **job)
+    assert found == [("2", True), ("2", True), ("4", False)]  # at the second failure it waits for a sync
+
+
 @pytest.mark.slow
 def test_a_colocated_server_that_has_failed_holds_no_memory_while_ranks_train_and_comes_back(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), fails_after=[1, 2], **OWN)

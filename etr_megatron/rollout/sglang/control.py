@@ -171,6 +171,24 @@ class Control:
         """Failed servers that are to be brought back at this weight sync."""
         return self._backoff.due(self.fleet.failed)
 
+    def to_restart(self, names: Sequence[str]) -> list[str]:
+        """Those of these servers, which are `due`, that the job must start again. The others are healthy, and failed for the
+        first time and outside of weight syncs and probes."""
+        return [] if self._config.urls else self.run(self._unusable(names))
+
+    async def _unusable(self, names: Sequence[str]) -> list[str]:
+        async def is_usable(name: str) -> bool:
+            if name in self.fleet.spoiled or not self._backoff.is_first(name):
+                return False
+            try:  # it may still have requests, which nobody awaits
+                await self._clients[name].call("/abort_request", {"rid": "", "abort_all": True}, timeout_s=_HEALTH_S)
+            except ServerError:
+                return False
+            return await self._clients[name].is_healthy(_HEALTH_S)
+
+        usable = await asyncio.gather(*map(is_usable, names))
+        return [name for name, is_well in zip(names, usable, strict=True) if not is_well]
+
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
         """Take back servers that were `due` and have recovered or been restarted (in `started`). The weight sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
@@ -248,6 +266,7 @@ class Control:
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
+        self.fleet.in_sync = True
         self.run(self._resume("weights"))
         self.run(self._transaction.begin())
 
@@ -258,12 +277,14 @@ class Control:
         self.run(self._resume("kv_cache", "cuda_graph"))
         self._released = []
         self.run(self._transaction.finish(version))
+        self.fleet.in_sync = False
         if self._router is not None:
             self._router.restart_if_down()
 
     def abandon(self, why: str) -> None:
         """See `Transaction.abandon`."""
         self.run(self._transaction.abandon(why))
+        self.fleet.in_sync = False
 
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
@@ -325,8 +346,8 @@ class Control:
         return [client.name for client in self.fleet.serving]
 
     def mark_failed(self, name: str, why: str) -> None:
-        """See `Fleet.mark_failed`."""
-        self.fleet.mark_failed(self._clients[name], why)
+        """See `Fleet.mark_failed`. The server did not pass a probe."""
+        self.fleet.mark_failed(self._clients[name], why, spoiled=True)
 
     def close(self) -> None:
         """Abort the requests in flight, leave the weight group, stop the router and the event loop."""

@@ -302,10 +302,11 @@ class SglangEngine:
             raise
 
     def _bring_back(self) -> None:
-        """Bring failed servers back: restart those that the job started, and check the health of others again."""
+        """Bring failed servers back: restart those of the job that need it, and check the health of others again."""
         due = at_servers(lambda: self._speaker.due())
         if due:
-            started = self._servers.start(due)
+            broken = at_servers(lambda: self._speaker.to_restart(due))
+            started = self._servers.start(broken) if broken else {}
             at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
