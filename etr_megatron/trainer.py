@@ -279,7 +279,7 @@ class Trainer:
             self._meet(f"weight sync of step {self.step}")
             self.sampler.pause()
             self.policy.offload()
-            self.engine.update_weights(self.policy.export(), version=self._version)
+            self.engine.update_weights(self.policy.export(), version=self._version, must_stop=self._stop_request)
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
