@@ -127,9 +127,11 @@ class SglangConfig:
     startup_timeout_s: float | None = None
     """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
     compiles DeepGEMM's kernels."""
-    request_timeout_s: float = 1800.0
+    request_timeout_s: float | None = None
     """If a server that has requests (with a router: all servers) completes no response for this time, it has failed. So this
-    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long."""
+    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long. null is
+    the time of the longest response at 10 tokens per second (`rollout.max_response_tokens`, `eval.max_response_tokens`), but
+    at least 1800."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
+from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
@@ -114,7 +114,7 @@ class Control:
         self._router = Router(config, self._http, api_key=key, logs=logs) if config.router is not None else None
         self.fleet = fleet = Fleet(
             list(self._clients.values()),
-            timeout_s=config.request_timeout_s,
+            timeout_s=request_timeout_of(config),
             hang_timeout_s=config.hang_timeout_s,
             router=self._router,
         )
