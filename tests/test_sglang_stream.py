@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -306,6 +307,9 @@ def test_connections_are_used_again_and_one_that_breaks_is_replaced():
             async def five() -> int:
                 replies = await asyncio.gather(*(http.get(url) for _ in range(5)))
                 assert [reply.json() for reply in replies] == [{}] * 5
+                used = replies[0].extensions["network_stream"].get_extra_info("socket")
+                assert used.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert used.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
                 return len(opened)
 
             first = [await five() for _ in range(3)]
