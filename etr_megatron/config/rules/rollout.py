@@ -277,6 +277,11 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             yield Violation(("sglang.arguments",), f"{name} is set by the job" + (f", see {key}" if key else ""))
         elif name in typed and getattr(sglang, typed[name]) is not None:
             yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice; remove one of the two")
+        elif name.startswith("--speculative-"):
+            yield Violation(
+                ("sglang.arguments",),
+                f"{name} is not supported: weight syncs send no weights of a draft model or of MTP layers; remove it",
+            )
         elif name in _MOVES_EXPERTS and sglang.sync == "sharded":
             yield Violation(
                 ("sglang.arguments", "sglang.sync"),
