@@ -234,6 +234,7 @@ class Trainer:
         with self._watch.phase("train"):
             self._meet(f"training of step {self.step}")
             if self.engine is not None:
+                self.sampler.cut_off()
                 self.engine.release()
             self.policy.reload()
             sequences, has_reference = sequences_of(groups), self.policy.has_reference
@@ -278,7 +279,7 @@ class Trainer:
             self._meet(f"weight sync of step {self.step}")
             self.sampler.pause()
             self.policy.offload()
-            self.engine.update_weights(self.policy.export(), version=self._version)
+            self.engine.update_weights(self.policy.export(), version=self._version, must_stop=self._stop_request)
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:

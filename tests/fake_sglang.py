@@ -142,7 +142,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         os._exit(9)
     if BEHAVIOUR.get("drop_at") == number:
         return DROP, None
-    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first:
+    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first or BEHAVIOUR.get("fail_all"):
         return 500, {"error": {"message": "out of order"}}
     if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG
@@ -190,6 +190,7 @@ def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
             STATE.waiting.add(body.get("rid"))
         if BEHAVIOUR.get("die_late") == body["input_ids"][0] and drawn >= 30:
             os._exit(9)
+    STATE.running.discard(body.get("rid"))
     chain = [(last + 1 + i) % 97 for i in range(count)]
     return (chain, "length") if drawn >= count else (chain[:drawn], "abort")
 
@@ -326,6 +327,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         tags = set(body.get("tags") or MEMORY)
         if tags & STATE.released if route.startswith("/release") else tags - STATE.released:
             os._exit(9)  # as SGLang does if asked twice
+        if route.startswith("/release") and STATE.running:
+            os._exit(9)  # as SGLang does
         STATE.released ^= tags
     elif route == "/destroy_weights_update_group":
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
@@ -333,7 +336,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         STATE.version = body["new_version"]
     if route in ("/pause_generation", "/continue_generation"):
         return 200, {"message": "", "status": "ok"}
-    if route == "/flush_cache" or route.endswith("_memory_occupation"):
+    if route.startswith("/flush_cache") or route.endswith("_memory_occupation"):
         return 200, {}  # SGLang answers with plain text, or nothing
     return 200, {"success": True, "message": ""}
 

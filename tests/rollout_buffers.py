@@ -10,7 +10,7 @@ from dataclasses import replace
 from safetensors.torch import load, save
 
 from etr_megatron.config import Config
-from etr_megatron.config.schema import RolloutConfig, RunConfig
+from etr_megatron.config.schema import RolloutConfig, RunConfig, SglangConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.environment import EnvironmentReply
 from etr_megatron.reward import Grade
@@ -163,10 +163,10 @@ def timer(_phase):
 
 
 def buffer_of(
-    engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, environment=None, max_turns=8, **rollout
+    engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, environment=None, max_turns=8, placement=None, **rollout
 ) -> RolloutBuffer:
     settings = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=2, backend="sglang", **rollout)
-    config = Config(run=RunConfig(steps=steps), rollout=settings)
+    config = Config(run=RunConfig(steps=steps), rollout=settings, sglang=SglangConfig(placement=placement))
     asked, dialogues = problems(count), None
     if environment is not None:
         asked = Problems(replace(one, messages=[{"role": "user", "content": one.prompt}]) for one in asked)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling
 from etr_megatron.rollout.sglang.client import ServerError
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
@@ -97,12 +98,36 @@ def colocated_failures(model: str, directory: str, fails_after: Sequence[int], *
             engine.update_weights(policy.export(), version)
             states = states_of(engine)
             if engine._control is not None and version in fails_after:
-                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"fail_at": 0}, timeout_s=120))
+                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"abort_at": 0}, timeout_s=120))
             engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version))
             before = there(states)
             engine.release()
             found.append([list(states), before, there(states)])
         return found
+    finally:
+        engine.close()
+
+
+def failed_between(model: str, directory: str, **settings: Any) -> list[tuple[str, bool]]:
+    """A server of the job is healthy and marked as failed before each of three syncs, the first of two servers. For each sync:
+    its version afterwards, and whether it is the process that was started first. A sync that has to start both servers ends at
+    once when the job is asked to stop."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, sync="disk", servers=2, **settings)
+    try:
+        assert engine._control is not None
+        client, found, pid = engine._control.fleet.clients[0], [], 0
+        for version in range(1, 5):
+            engine.update_weights(policy.export(), version)
+            state = engine._control.run(client.get("/state", timeout_s=120))
+            pid = pid or state["pid"]
+            found.append((state["version"], state["pid"] == pid))
+            engine._control.fleet.mark_failed(client, "completed no response")
+        engine._control.mark_failed(client.name, "has other weights")
+        engine._control.mark_failed("SGLang server 1", "has other weights")  # now all are to be started again
+        with pytest.raises(StopAskedError):
+            engine.update_weights(policy.export(), 5, must_stop=lambda: True)
+        return found[1:]
     finally:
         engine.close()
 
@@ -116,7 +141,7 @@ def none_start(model: str, directory: str, **settings: Any) -> tuple[str, int]:
         engine.update_weights(policy.export(), 1)
         assert engine._control is not None
         engine._control.mark_failed("SGLang server 0", "it does not start")
-        with mock.patch.object(engine, "_bring_back", lambda: attempts.append(1)):
+        with mock.patch.object(engine, "_bring_back", lambda _must_stop: attempts.append(1)):
             try:
                 engine.update_weights(policy.export(), 2)
             except EngineGoneError as error:

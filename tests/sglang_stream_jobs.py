@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from etr_megatron.config import Config
-from etr_megatron.config.schema import RolloutConfig, RunConfig, TrainConfig
+from etr_megatron.config.schema import RolloutConfig, RunConfig, SglangConfig, TrainConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, StreamingSampler
@@ -86,28 +86,34 @@ async def _is_busy(engine: SglangEngine) -> bool:
 
 
 def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **settings: Any) -> list[list[dict[str, Any]]]:
-    """Groups of the steps of a sampler that requests experts from a fake server of the job, with a sync before each.
+    """Groups of the steps of a sampler that requests experts from a fake server of the job, with a sync before each and a
+    release of memory after it.
 
-    With partial rollouts, every other response waits until a sync cuts it off.
+    With partial rollouts, every other response waits until it is cut off.
     """
     with behaving({"tokens_per_s": 400, "odd_pause_at": 9 if rollout.get("partial") else None}):
         policy = build(model, ["parallel.tp=1"])
         engine = engine_of(policy, model, directory, probe_every=0, routing=True, **settings)
-        sampler, found = _sampler(engine, steps, rollout, routing=True), []
+        sampler, found = _sampler(engine, steps, rollout, SglangConfig(**settings), routing=True), []
         try:
             for step in range(1, steps + 1):
                 sync(sampler, engine, policy, step)
                 taken = sampler.take(step, lambda _phase: nullcontext())
                 found.append([asdict(group) for group in taken.groups])
+                sampler.cut_off()
+                engine.release()
             return found
         finally:
             engine.close()
 
 
-def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any], routing: bool = False) -> StreamingSampler:
+def _sampler(
+    engine: SglangEngine, steps: int, rollout: dict[str, Any], sglang: SglangConfig | None = None, routing: bool = False
+) -> StreamingSampler:
     settings = {"samples_per_prompt": 2, "backend": "sglang"} | rollout
     train = TrainConfig(routing_replay=routing)
-    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**settings), train=train)
+    sglang = sglang or SglangConfig()
+    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**settings), sglang=sglang, train=train)
     problems = Problems(Problem(f"p{i}", "", "", [3 + i, 7]) for i in range(40))
 
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:

@@ -252,6 +252,17 @@ def test_resolve_on_cuda_takes_bfloat16_and_keeps_what_was_set():
     assert resolve(config_with(run__platform="cpu"), 1, cuda=True).model.dtype == "float32"
 
 
+def test_a_request_has_time_for_the_longest_response():
+    given = [
+        {},
+        dict(rollout__max_response_tokens=40000),
+        dict(rollout__max_response_tokens=40000, eval__max_response_tokens=65536, data__eval="a.jsonl"),
+        dict(rollout__max_response_tokens=40000, sglang__request_timeout_s=60.0),
+    ]
+    found = [resolve(config_with(model__path="m", **settings), 1, cuda=False).sglang.request_timeout_s for settings in given]
+    assert found == [1800, 4000, 6553.6, 60]
+
+
 def test_servers_of_fp8_have_time_to_compile_before_they_answer():
     given = [{}, {"fp8": True}, {"fp8": True, "startup_timeout_s": 30.0}]
     assert [startup_timeout_of(SglangConfig(**settings)) for settings in given] == [900, 2400, 30]

@@ -195,6 +195,10 @@ VIOLATIONS = [
     (dict(fp8__recipe="tensorwise", fp8__param=True), ["fp8.param", "train.distributed_optimizer"]),
     (dict(rollout__partial=True, rollout__backend="sglang"), ["rollout.partial", "rollout.max_staleness"]),
     (dict(rollout__max_staleness=1), ["rollout.max_staleness", "rollout.backend"]),
+    (
+        dict(rollout__max_staleness=1, rollout__backend="sglang", sglang__placement="colocated"),
+        ["sglang.placement", "rollout.max_staleness", "rollout.partial"],
+    ),
     (dict(rollout__replay="runs/a"), ["rollout.replay", "eval.every"]),
     (dict(rollout__replay="runs/a", rollout__only=True, eval__every=0), ["rollout.only"]),
     (dict(sglang__urls=("nowhere",)), ["sglang.urls"]),

@@ -82,6 +82,7 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(arguments=("--port=1",)), ": --port is set by the job"),
         (dict(arguments=("--weight-version", "x")), ": --weight-version is set by the job"),
         (dict(arguments=("--tp-size", "2")), ": --tp-size is set by the job, see sglang.tp"),
+        (dict(arguments=("--speculative-algorithm", "NEXTN")), "weight syncs send no weights of a draft model"),
         (dict(arguments=("--mem-fraction-static", "0.5"), mem_fraction=0.5), "--mem-fraction-static is given twice"),
         (dict(mem_fraction=1.0), "must lie between 0 and 1"),
         (dict(tp=4, ep=3), "ep must divide tp"),

@@ -231,9 +231,11 @@ def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_come
 def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):
     routes = gangs(1).run("tests.sglang_jobs:colocated", model=hf_models["qwen3"], directory=str(tmp_path), **OWN)[0]
     first = [route for route in routes if any(word in route for word in ("memory", "generation", "_weights_", "flush"))]
+    idle = "/flush_cache?timeout=30"
     # Also as soon as it has started: ranks build their models then.
-    assert first[:2] == ["/release_memory_occupation", "/resume_memory_occupation weights"]
+    assert first[:3] == [idle, "/release_memory_occupation", "/resume_memory_occupation weights"]
     assert first[first.index("/continue_generation") + 1 :] == [
+        idle,
         "/release_memory_occupation",
         "/resume_memory_occupation weights",
         "/pause_generation",
@@ -257,6 +259,12 @@ def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
     (versions,) = gangs(1).run("tests.sglang_jobs:colocated_restart", **job)
     assert versions == {"SGLang server 0": "3", "SGLang server 1": "3"}
+
+
+def test_a_healthy_server_is_not_started_again_unless_it_fails_repeatedly(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    (found,) = gangs(1).run("tests.sglang_comeback_jobs:failed_between", **job)
+    assert found == [("2", True), ("2", True), ("4", False)]  # at the second failure it waits for a sync
 
 
 @pytest.mark.slow

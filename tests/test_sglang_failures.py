@@ -4,6 +4,7 @@ as a failure."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,9 +34,10 @@ def why_given_up(found: Sequence[Generated], requests: Sequence[Request] = ALL) 
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("fail_prompt", "/generate answered 500: "), ("abort_prompt", "aborted a request that it was not asked")]
+    ("what", "said", "lost"),
+    [("fail_prompt", "/generate answered 500: ", 0), ("abort_prompt", "aborted a request that it was not asked", 2)],
 )
-def test_a_request_that_servers_fail_at_and_are_well_after_is_given_to_two_of_them(what, said):
+def test_a_request_that_servers_fail_at_and_are_well_after_is_given_to_two_of_them(what, said, lost):
     async def body():
         async with fleet_of(*[{what: 100}] * 3) as fleet:
             return await generate(fleet, ALL), fleet.failed
@@ -43,7 +45,18 @@ def test_a_request_that_servers_fail_at_and_are_well_after_is_given_to_two_of_th
     found, failed = asyncio.run(body())
     why = why_given_up(found)
     assert why.startswith(f"{SIZE} failed 2 times: server ") and why.count(said) == 2
-    assert len(failed) == 2 and all(f"{name}: {reason}" in why for name, reason in failed.items())
+    assert len(set(re.findall(r"server \d", why))) == 2
+    assert len(failed) == lost and all(f"{name}: {reason}" in why for name, reason in failed.items())
+
+
+def test_a_server_that_answers_everything_with_an_error_has_failed_and_no_request_is_blamed():
+    async def body():
+        async with fleet_of({"fail_all": True}, {}) as fleet:
+            return await generate(fleet, OTHERS), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in OTHERS]
+    assert list(failed) == ["server 0"] and "/generate answered 500" in failed["server 0"]
 
 
 @pytest.mark.slow

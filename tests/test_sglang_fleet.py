@@ -145,7 +145,7 @@ def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(w
 
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
-    assert set(failed) == {"server 0"}
+    assert set(failed) == (set() if what == "fail_at" else {"server 0"})  # a single error of a healthy server is no failure
 
 
 def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():

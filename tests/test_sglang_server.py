@@ -135,6 +135,8 @@ def conversation(url: str) -> list[tuple[str, int, Any]]:
         if found[place][2]["output_ids"]:
             break
         del found[place:]
+    for route in ("/flush_cache?timeout=30", "/release_memory_occupation", "/resume_memory_occupation"):
+        ask(route, {})
     ask("/abort_request", {"rid": "nobody's", "abort_all": False})
     ask("/pause_generation", {"mode": "retract"})
     begin, end = "/begin_weight_update", "/end_weight_update"

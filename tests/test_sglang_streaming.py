@@ -61,10 +61,16 @@ def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs,
     assert len(found["steps"][0][2]) <= 2
 
 
-@pytest.mark.parametrize("rollout", [{}, PARTIAL], ids=["synchronous", "partial rollouts one step ahead"])
-def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_continued(gangs, hf_models, tmp_path, rollout):
+@pytest.mark.parametrize(
+    ("rollout", "placement"),
+    [({}, "dedicated"), (PARTIAL, "dedicated"), (PARTIAL, "colocated")],
+    ids=["synchronous", "partial rollouts one step ahead", "partial rollouts, colocated"],
+)
+def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_continued(
+    gangs, hf_models, tmp_path, rollout, placement
+):
     sizes = dict(prompts_per_step=2, max_response_tokens=TOKENS)
-    job = dict(model=hf_models["qwen3_moe"], directory=str(tmp_path), steps=3, **OWN)
+    job = dict(model=hf_models["qwen3_moe"], directory=str(tmp_path), steps=3, placement=placement, **OWN)
     steps, others = gangs(2).run("tests.sglang_stream_jobs:routed", rollout=rollout | sizes, **job)
     found = [(group["problem"]["prompt_ids"], one) for step in steps for group in step for one in group["samples"]]
     assert len(found) == 3 * 2 * 2

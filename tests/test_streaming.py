@@ -49,6 +49,27 @@ def test_whenever_a_long_response_ends_none_of_its_tokens_is_too_old(length):
     assert "p1" in found
 
 
+def test_what_colocated_servers_have_in_flight_is_cut_off_before_training_and_continued_after_it():
+    def lengths(problem: Problem, index: int) -> int:
+        return 11 if problem.id == "p1" and index else 4
+
+    engine = Engine(lengths)
+    buffer = buffer_of(engine, partial=True, max_oversample=1.5, max_staleness=2, placement="colocated")
+    taken = []
+    for step in range(1, 5):
+        taken.append(buffer.take(step, timer))
+        assert_whole(taken[-1], lengths)
+        assert engine.asked == 2 * (6 + 4 * (step - 1))  # nothing for the next step
+        buffer.cut_off()
+        assert not engine._under_way
+        buffer.put_back(step)  # as when training is interrupted
+        assert names(again := buffer.take(step, timer)) == names(taken[-1]) and again.groups == taken[-1].groups
+        buffer.cut_off()
+        sync(buffer, engine)
+    ages = [rollouts.counts["staleness_max"] for rollouts in taken]
+    assert ages[0] == 0 and max(ages) == 2 and sum(rollouts.counts["samples_continued"] for rollouts in taken) == 1
+
+
 def test_a_step_takes_the_groups_with_the_oldest_tokens_in_the_order_they_were_asked_in():
     engine = Engine()
     engine.weight_version = 6

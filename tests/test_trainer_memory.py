@@ -63,10 +63,11 @@ def test_ranks_take_their_memory_back_after_servers_have_released_it_and_before_
         done.append("log-probs")
         raise StopHereError
 
-    others = "policy", "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    others = "policy", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
     stubs = dict.fromkeys(others, mock.MagicMock())
+    stubs["sampler"] = mock.Mock(cut_off=lambda: done.append("cut off"))
     stubs["policy"] = mock.MagicMock(reload=lambda: done.append("reloaded"), logprobs=logprobs, reference=None)
     engine = mock.Mock(release=lambda: done.append("released"))
     with pytest.raises(StopHereError):
         trainer.Trainer(Config(), engine=engine, **stubs)._train([])
-    assert done == ["released", "reloaded", "log-probs"]
+    assert done == ["cut off", "released", "reloaded", "log-probs"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from etr_megatron.config.defaults import (
     EVALUATED,
     fill_objective,
+    request_timeout_of,
     resolved,
     response_limits,
     startup_timeout_of,
@@ -73,6 +74,7 @@ __all__ = [
     "fill_objective",
     "load_config",
     "path_of_run",
+    "request_timeout_of",
     "resolve",
     "resolved",
     "response_limits",

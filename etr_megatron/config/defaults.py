@@ -1,5 +1,5 @@
 """Fill in values that a config leaves open and that follow from others: the preset's, `parallel.tp: auto`, the transport of
-weight syncs, and the time for servers to start."""
+weight syncs, and the time for servers to start and to answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from etr_megatron.config.presets import PRESETS
 from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig, SglangConfig
 
 T = TypeVar("T")
+
+_SLOWEST = 10.0
+"""Tokens per second at which a server decodes a long response at least."""
 
 EVALUATED = ("eval.every", "data.eval", "rollout.only")
 """The keys that decide whether the run evaluates, and so whether `response_limits` has a limit for evaluations."""
@@ -53,6 +56,12 @@ def response_limits(config: Config) -> dict[str, int]:
 def startup_timeout_of(config: SglangConfig) -> float:
     """`startup_timeout_s` with null resolved to the default. SGLang says that DeepGEMM compiles for 10 to 20 minutes."""
     return config.startup_timeout_s or (2400.0 if config.fp8 else 900.0)
+
+
+def request_timeout_of(config: SglangConfig, longest: int = 0) -> float:
+    """`request_timeout_s` with null resolved to the default. longest: maximum tokens of a response; `resolve` knows it, and has
+    replaced null."""
+    return config.request_timeout_s or max(1800.0, longest / _SLOWEST)
 
 
 def sync_of(config: SglangConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from etr_megatron.config.defaults import fill_objective, tensor_parallel
+from etr_megatron.config.defaults import fill_objective, request_timeout_of, response_limits, tensor_parallel
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.rules import megatron, train
 from etr_megatron.config.schema import Config
@@ -16,7 +16,8 @@ the trainer or both compute in FP8; docs/rollout.md explains this value."""
 
 
 def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
-    """A config without `auto`, with null fields of the objective and a null limit of the log-prob gap filled in.
+    """A config without `auto`, with null fields of the objective, a null limit of the log-prob gap and a null
+    timeout of requests filled in.
 
     Remaining nulls mean what the schema says: "none", "off", or that the code using the value chooses.
     world_size: ranks in the job, at least 1. cuda: whether this machine has a CUDA device.
@@ -38,6 +39,7 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
         objective = replace(objective, constant_length=config.rollout.max_response_tokens)
     gap = config.rollout.max_logprob_gap
     is_fp8 = config.fp8.recipe != "none" or (config.rollout.backend == "sglang" and config.sglang.fp8)
+    longest = max(response_limits(config).values())
     return replace(
         config,
         run=replace(config.run, platform=platform),
@@ -45,4 +47,5 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
         parallel=replace(config.parallel, tp=tensor_parallel(config.parallel, world_size)),
         objective=objective,
         rollout=replace(config.rollout, max_logprob_gap=LOGPROB_GAP_LIMIT["fp8" if is_fp8 else dtype] if gap is None else gap),
+        sglang=replace(config.sglang, request_timeout_s=request_timeout_of(config.sglang, longest)),
     )

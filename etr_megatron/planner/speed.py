@@ -27,7 +27,7 @@ class StepTime:
     """Seconds of a step. logprobs: old and reference log-probs. adapters: the part of `logprobs` and `train` that is due to
     low-rank adapters. tokens: tokens of a step. gpus: all GPUs of the job.
 
-    overlapped: whether generation overlaps with the rest (`rollout.max_staleness` of 1 or more).
+    overlapped: whether generation overlaps with the rest (`rollout.max_staleness` of 1 or more, servers on other GPUs).
     """
 
     generate: float
@@ -86,7 +86,7 @@ def step_time(
         adapters=updating + referring,
         tokens=work.tokens,
         gpus=cluster.gpus,
-        overlapped=config.rollout.max_staleness > 0,
+        overlapped=config.rollout.max_staleness > 0 and config.sglang.placement != "colocated",
     )
 
 

@@ -71,7 +71,7 @@ class EmbeddedEngine:
         return [[found[number, index] for index in range(count)] for number, count in enumerate(counts)]
 
     @torch.no_grad()
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, must_stop: MustStop = never) -> None:
         """Copy the tensors into the replica's own parameters (in place). See `RolloutEngine.update_weights`."""
         wanted = _published_parameters(self._model)
         problems = []

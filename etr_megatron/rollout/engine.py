@@ -130,8 +130,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, weights: WeightSource, version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int, must_stop: MustStop = never) -> None:
         """Load all weights. Only this method changes `weight_version`.
+
+        must_stop: whether this rank was asked to stop. An engine that has to start servers then raises StopAskedError on every
+        rank.
 
         The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
         see `SglangEngine.update_weights`.

@@ -80,7 +80,8 @@ class RolloutBuffer:
         """See `Sampler.take`."""
         rollout = self._config.rollout
         self._background.stop()
-        ahead = rollout.max_staleness * rollout.prompts_per_step
+        # Colocated servers generate nothing while the ranks train.
+        ahead = 0 if self._config.sglang.placement == "colocated" else rollout.max_staleness * rollout.prompts_per_step
         wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
         with timer("reward"):
             self._judge()  # what was completed while the ranks trained
@@ -120,16 +121,26 @@ class RolloutBuffer:
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
 
+    def cut_off(self) -> None:
+        """See `Sampler.cut_off`. Responses of pending groups keep their tokens, and are continued after the weight sync.
+
+        Without partial rollouts, only responses of groups that were given up can be in flight.
+        """
+        self._interrupt(abort=True)
+
     def pause(self) -> None:
         """See `Sampler.pause`. With partial rollouts, responses are cut off; otherwise this waits for them.
 
         A weight sync follows the training of a step. The groups of that step (gigabytes with routing) are freed here, before
         new ones arrive.
         """
+        self._taken = 0, []
+        self._interrupt(abort=self._config.rollout.partial)
+
+    def _interrupt(self, *, abort: bool) -> None:
         with suppress(*_OF_ENGINE):  # these errors recur when the requests are submitted again
             self._background.stop()
-        self._taken = 0, []
-        self._accept(self._engine.stop(abort=self._config.rollout.partial))
+        self._accept(self._engine.stop(abort=abort))
         self._under_way.clear()  # requests that an engine without servers could not answer are submitted again
 
     def resume(self) -> None:

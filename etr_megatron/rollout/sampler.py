@@ -66,6 +66,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def cut_off(self) -> None:
+        """Cut off the requests in flight at servers that share GPUs with training, which comes next."""
+        ...
+
     def pause(self) -> None:
         """Stop generating: when this returns, no request is in flight at the engine, and a weight sync may begin."""
         ...
@@ -161,6 +165,9 @@ class RoundSampler:
         if self._before[0] == step:
             self._cursor.load_state_dict(self._before[1])
 
+    def cut_off(self) -> None:
+        """Does nothing: between steps no request is in flight."""
+
     def pause(self) -> None:
         """Does nothing: between steps no request is in flight."""
 
@@ -218,6 +225,9 @@ class ReplaySampler:
 
     def put_back(self, step: int) -> None:
         """Nothing to do: the record can be read again."""
+
+    def cut_off(self) -> None:
+        """There is no engine."""
 
     def pause(self) -> None:
         """There is no engine."""

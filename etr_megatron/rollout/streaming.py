@@ -31,7 +31,7 @@ class StreamingSampler:
         dialogues: Dialogues | None = None,
     ) -> None:
         """dialogues: on rank 0, if there is an environment."""
-        self._cursor = cursor
+        self._cursor, self._is_colocated = cursor, config.sglang.placement == "colocated"
         self._buffer = None if grader is None else RolloutBuffer(config, engine, cursor, decode, grader, dialogues)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
@@ -46,6 +46,11 @@ class StreamingSampler:
         """See `Sampler.put_back`."""
         if self._buffer is not None:
             self._buffer.put_back(step)
+
+    def cut_off(self) -> None:
+        """See `Sampler.cut_off`."""
+        if self._is_colocated:
+            on_rank0(lambda: of_rank0(self._buffer).cut_off(), long=True)
 
     def pause(self) -> None:
         """See `Sampler.pause`."""

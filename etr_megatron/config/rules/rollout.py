@@ -145,10 +145,11 @@ def sglang(config: Config) -> Iterator[Violation]:
                     given=("sglang.urls", *EVALUATED),
                 )
     yield from _placement(sglang)
-    if sglang.placement == "colocated" and config.rollout.max_staleness:
+    if sglang.placement == "colocated" and config.rollout.max_staleness and not config.rollout.partial:
         yield Violation(
-            ("sglang.placement", "rollout.max_staleness"),
-            "colocated servers and training take turns on the GPUs; set max_staleness to 0, or placement to dedicated",
+            ("sglang.placement", "rollout.max_staleness", "rollout.partial"),
+            "colocated servers and training take turns on the GPUs, so only interrupted responses can have older tokens; set "
+            "max_staleness to 0, partial to true, or placement to dedicated",
         )
     if sglang.router is not None and config.train.routing_replay:
         yield Violation(
@@ -276,6 +277,11 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             yield Violation(("sglang.arguments",), f"{name} is set by the job" + (f", see {key}" if key else ""))
         elif name in typed and getattr(sglang, typed[name]) is not None:
             yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice; remove one of the two")
+        elif name.startswith("--speculative-"):
+            yield Violation(
+                ("sglang.arguments",),
+                f"{name} is not supported: weight syncs send no weights of a draft model or of MTP layers; remove it",
+            )
         elif name in _MOVES_EXPERTS and sglang.sync == "sharded":
             yield Violation(
                 ("sglang.arguments", "sglang.sync"),

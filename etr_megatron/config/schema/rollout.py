@@ -45,10 +45,11 @@ class RolloutConfig:
     it; `partial` keeps this many groups pending."""
     partial: bool = False
     """Begin training when `prompts_per_step` groups are complete. Responses still in flight are cut off at the next weight sync
-    and continued after it; each token keeps its own log-prob and weight version. Needs `max_staleness` of 1 or more."""
+    (before training if servers are colocated) and continued after it; each token keeps its own log-prob and weight version.
+    Needs `max_staleness` of 1 or more."""
     max_staleness: int = 0
     """Largest age of a token that is trained on, in weight syncs. 0: a step generates, then trains. 1: the responses of a step
-    are generated while the previous step trains; needs servers."""
+    are generated while the previous step trains; needs servers. Colocated servers only continue `partial` responses."""
     record: bool = False
     """Write all groups of every step, with tokens and log-probs, to `<run>/recorded/`."""
     replay: str | None = None
@@ -126,9 +127,11 @@ class SglangConfig:
     startup_timeout_s: float | None = None
     """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
     compiles DeepGEMM's kernels."""
-    request_timeout_s: float = 1800.0
+    request_timeout_s: float | None = None
     """If a server that has requests (with a router: all servers) completes no response for this time, it has failed. So this
-    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long."""
+    must exceed the generation of one response, but not the wait in the queue. One response may take ten times as long. null is
+    the time of the longest response at 10 tokens per second (`rollout.max_response_tokens`, `eval.max_response_tokens`), but
+    at least 1800."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

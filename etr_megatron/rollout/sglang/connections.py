@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 2.0
 """Seconds after which idle connections are closed. A server closes them after 5 seconds, perhaps just as a request is sent."""
+
+_KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)]
+"""Connections are silent while a response is generated. Probes every 60 seconds keep firewalls from forgetting them."""
 
 _Idle = deque[tuple[float, httpx.AsyncHTTPTransport]]
 """Idle connections with the time of their last use, the most recent at the end."""
@@ -52,7 +56,7 @@ class Connections(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """See `httpx.AsyncBaseTransport`."""
         idle = self._idle[(request.url.scheme, request.url.host, request.url.port)]
-        connection = idle.pop()[1] if idle else httpx.AsyncHTTPTransport(verify=self._context, limits=self._limits)
+        connection = idle.pop()[1] if idle else self._new()
 
         def give_back() -> None:
             idle.append((time.monotonic(), connection))
@@ -66,6 +70,9 @@ class Connections(httpx.AsyncBaseTransport):
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _Body(response.stream, give_back)
         return response
+
+    def _new(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(verify=self._context, limits=self._limits, socket_options=_KEEP_ALIVE)
 
     async def aclose(self) -> None:
         """Close all idle connections."""

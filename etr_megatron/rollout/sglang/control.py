@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
+from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
@@ -60,6 +60,9 @@ PROBE_PROMPT = tuple(range(3, 15))
 
 _CLOSE_S = 5.0
 """Seconds for servers to return aborted requests when the job ends. The replies are not used."""
+
+_IDLE_S = 30.0
+"""Seconds for a server to become idle after its last request was answered or aborted."""
 
 _PROBE_TOKENS = 32
 _SUSPICIONS = "suspicions.json"
@@ -111,7 +114,7 @@ class Control:
         self._router = Router(config, self._http, api_key=key, logs=logs) if config.router is not None else None
         self.fleet = fleet = Fleet(
             list(self._clients.values()),
-            timeout_s=config.request_timeout_s,
+            timeout_s=request_timeout_of(config),
             hang_timeout_s=config.hang_timeout_s,
             router=self._router,
         )
@@ -167,6 +170,24 @@ class Control:
     def due(self) -> list[str]:
         """Failed servers that are to be brought back at this weight sync."""
         return self._backoff.due(self.fleet.failed)
+
+    def to_restart(self, names: Sequence[str]) -> list[str]:
+        """Those of these servers, which are `due`, that the job must start again. The others are healthy, and failed for the
+        first time and outside of weight syncs and probes."""
+        return [] if self._config.urls else self.run(self._unusable(names))
+
+    async def _unusable(self, names: Sequence[str]) -> list[str]:
+        async def is_usable(name: str) -> bool:
+            if name in self.fleet.spoiled or not self._backoff.is_first(name):
+                return False
+            try:  # it may still have requests, which nobody awaits
+                await self._clients[name].call("/abort_request", {"rid": "", "abort_all": True}, timeout_s=_HEALTH_S)
+            except ServerError:
+                return False
+            return await self._clients[name].is_healthy(_HEALTH_S)
+
+        usable = await asyncio.gather(*map(is_usable, names))
+        return [name for name, is_well in zip(names, usable, strict=True) if not is_well]
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
         """Take back servers that were `due` and have recovered or been restarted (in `started`). The weight sync comes next."""
@@ -245,6 +266,7 @@ class Control:
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
+        self.fleet.in_sync = True
         self.run(self._resume("weights"))
         self.run(self._transaction.begin())
 
@@ -255,12 +277,14 @@ class Control:
         self.run(self._resume("kv_cache", "cuda_graph"))
         self._released = []
         self.run(self._transaction.finish(version))
+        self.fleet.in_sync = False
         if self._router is not None:
             self._router.restart_if_down()
 
     def abandon(self, why: str) -> None:
         """See `Transaction.abandon`."""
         self.run(self._transaction.abandon(why))
+        self.fleet.in_sync = False
 
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
@@ -275,6 +299,10 @@ class Control:
         Returns the failed servers: they get no request, and hold their memory as long as they run.
         """
         if self._colocated and not self._released:
+            assert not self.stream.in_flight
+            # SGLang (0.5.21) ends a server that is not idle when it is to release its memory. An aborted request may occupy it
+            # for a little longer than its reply; this request waits until the server is idle.
+            self.run(self.fleet.call_all(f"/flush_cache?timeout={_IDLE_S:g}", {}, timeout_s=self._config.update_timeout_s))
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()
@@ -318,8 +346,8 @@ class Control:
         return [client.name for client in self.fleet.serving]
 
     def mark_failed(self, name: str, why: str) -> None:
-        """See `Fleet.mark_failed`."""
-        self.fleet.mark_failed(self._clients[name], why)
+        """See `Fleet.mark_failed`. The server did not pass a probe."""
+        self.fleet.mark_failed(self._clients[name], why, spoiled=True)
 
     def close(self) -> None:
         """Abort the requests in flight, leave the weight group, stop the router and the event loop."""

@@ -252,7 +252,7 @@ class SglangEngine:
         routing = of_expert_layers(reply.routing, self._serving.architecture)
         return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing, reply.place)
 
-    def update_weights(self, weights: WeightSource, version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int, must_stop: MustStop = never) -> None:
         """See `RolloutEngine.update_weights`.
 
         Failed servers are brought back first, and serve once they have `version`. If all servers are lost in the sync, the job
@@ -260,7 +260,7 @@ class SglangEngine:
         SyncError naming ranks that are missing, OtherModelError when the log-probs of all servers differ from the trainer's.
         """
         self._empty_caches()
-        self._bring_back()
+        self._bring_back(must_stop)
         # With NCCL, a server that dies during a sync makes the others fail too, see docs/rollout.md, and a restart helps. If
         # none serves even now, none could be started, and another attempt would only take as long again.
         may_lose_all = not self._config.urls and at_servers(lambda: bool(self._speaker.serving()))
@@ -271,7 +271,7 @@ class SglangEngine:
                 raise
             if self._control is not None:
                 logger.warning("%s; they are started again", error)
-            self._bring_back()
+            self._bring_back(must_stop)
             self._send(weights, version)
         self.weight_version = version
         self._syncs += 1
@@ -301,11 +301,12 @@ class SglangEngine:
                 self._control.abandon(f"weight sync {version} failed: {error}")
             raise
 
-    def _bring_back(self) -> None:
-        """Bring failed servers back: restart those that the job started, and check the health of others again."""
+    def _bring_back(self, must_stop: MustStop) -> None:
+        """Bring failed servers back: restart those of the job that need it, and check the health of others again."""
         due = at_servers(lambda: self._speaker.due())
         if due:
-            started = self._servers.start(due)
+            broken = at_servers(lambda: self._speaker.to_restart(due))
+            started = self._servers.start(broken, must_stop) if broken else {}
             at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:

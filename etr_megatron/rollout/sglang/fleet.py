@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,10 @@ from etr_megatron.rollout.sglang.router import Router
 logger = logging.getLogger(__name__)
 
 _Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
+
+_MOST_PROBLEMS = 3
+"""A healthy server that answers requests of this many problems with an error, and completes no response in between, has failed.
+Fewer problems may themselves be to blame."""
 
 _WELL_S = 10.0
 """Seconds in which a server must prove healthy after a request failed there."""
@@ -75,8 +79,12 @@ class Fleet:
         """Weight version that responses must come from. None, before the first sync, allows any."""
         self.apart: str | None = None
         """The server that the router must not use."""
+        self.in_sync = False
+        """Whether a weight sync is open. A server that fails meanwhile may have weights of two versions."""
         self._timeout_s, self._hang_timeout_s = timeout_s, hang_timeout_s
         self._failed: dict[str, str] = {}
+        self._spoiled: set[str] = set()
+        self._problems: defaultdict[str, set[str]] = defaultdict(set)  # see `_MOST_PROBLEMS`
         self._joins: Counter[str] = Counter()
         self._marks = 0
         self._looking = asyncio.Lock()
@@ -97,18 +105,27 @@ class Fleet:
         """Name of each serving server, and how often it has rejoined. Equal lists mean the same server processes."""
         return [(client.name, self._joins[client.name]) for client in self.serving]
 
-    def mark_failed(self, client: ServerClient, why: str) -> None:
-        """Send no more requests to this server until `rejoin`."""
+    @property
+    def spoiled(self) -> set[str]:
+        """The failed servers that may be healthy and still not usable without a restart."""
+        return set(self._spoiled)
+
+    def mark_failed(self, client: ServerClient, why: str, *, spoiled: bool = False) -> None:
+        """Send no more requests to this server until `rejoin`. spoiled: see the property; always the case in a weight sync."""
         why = why.removeprefix(f"{client.name}: ")
         if client.name not in self._failed:
             logger.warning("%s gets no more requests: %s", client.name, why)
         self._failed[client.name] = why
         self._marks += 1
+        if spoiled or self.in_sync:
+            self._spoiled.add(client.name)
 
     def rejoin(self, client: ServerClient) -> None:
         """Send requests to this server again. The caller ensures that it has the current weights before the next request."""
         if self._failed.pop(client.name, None) is not None:
             self._joins[client.name] += 1
+        self._spoiled.discard(client.name)
+        self._problems.pop(client.name, None)
 
     def refuse_if_gone(self) -> None:
         """Raises EngineGoneError, with each server's reason, when no server takes requests."""
@@ -131,6 +148,8 @@ class Fleet:
 
         - The request fails at `client`: that server is marked, and ServerError is raised. A response that was cut off, unless
           `may_abort()`, counts as a failure; so does a response from other weights, as after a manual restart of the server.
+        - `client` answers with an error, such as 500 for a request that does not fit into its KV cache, and is healthy: the
+          request goes to another server. `client` is only marked after errors for `_MOST_PROBLEMS` problems.
         - The request fails behind a router, which does not tell which server failed: unhealthy servers are marked. If all are
           healthy, the router is given up, so that fewer parts are left that can fail.
         - `client` refuses the request: it goes to another server, chosen by `elsewhere`, as those at `sglang.urls` may differ.
@@ -154,17 +173,18 @@ class Fleet:
                 return await self._ask_past(router, client, asking, refusal)
             return await self._ask_another(client, asking, elsewhere, refusal)
         except ServerError as error:
-            if router is None or not routed:
-                await self._failed_at(client, asking, error)
-            else:
+            if router is not None and routed:
                 await self._failed_behind(router, marks, asking, error)
+            elif await self._failed_at(client, asking, error):
+                return await self._ask_another(client, asking, elsewhere, error)
             raise
 
-    async def _failed_at(self, client: ServerClient, asking: _Asking, error: ServerError) -> None:
-        """Mark the server at which a request failed, with two exceptions; the caller repeats the request.
+    async def _failed_at(self, client: ServerClient, asking: _Asking, error: ServerError) -> bool:
+        """Mark the server at which a request failed, with three exceptions; the caller repeats the request.
 
         - The last server is only marked if it is unreachable or unhealthy.
         - A healthy server is not marked when a connection of this request breaks for the first time; it aborts the request.
+        - A healthy server that answered with an error keeps serving, see `ask`. Only after such an answer this returns True.
 
         Raises GivenUpError when the request has failed at `_AT_WELL_SERVERS` servers that were healthy afterwards, because it
         would then fail at all others too.
@@ -173,20 +193,27 @@ class Fleet:
         if error.broken and not failures.broke and await self._is_well(client, asking.rid):
             failures.broke = True
             logger.warning("%s; the server is healthy, so the request is repeated", error)
-            return
+            return False
+        answered = error.status is not None and await self._is_well(client)
         has_no_part = not error.reached
         is_last = self.serving == [client]
-        if has_no_part or not is_last:
+        if answered:
+            self._problems[client.name].add(asking.request.problem_id)
+        keeps_serving = is_last or (answered and len(self._problems[client.name]) < _MOST_PROBLEMS)
+        if has_no_part or not keeps_serving:
             self.mark_failed(client, str(error))
+        elif answered:
+            logger.warning("%s; the server is healthy and keeps serving", error)
         if has_no_part:
-            return
-        well = await self._is_well(client)
+            return False
+        well = answered or await self._is_well(client)
         failures.add(str(error), well=well)
         if is_last and not well:
             self.mark_failed(client, str(error))
         if failures.are_its_own:
             said = "; ".join(failures.said)
             raise GivenUpError(f"a request with {asking.request.size} failed {len(failures.said)} times: {said}")
+        return answered
 
     async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: ServerError) -> None:
         """Mark unhealthy servers, or give up the router if all are healthy. marks: `_marks` when the request began."""
@@ -249,6 +276,7 @@ class Fleet:
             raise ServerError(f"{asked.name}: aborted a request that it was not asked to abort")
         if reply.ids and self.version not in (None, reply.version):
             raise ServerError(f"{asked.name}: generated with weights of version {reply.version} instead of {self.version}")
+        self._problems.pop(asked.name, None)
         return reply
 
     async def _ask_past(self, router: Router, client: ServerClient, asking: _Asking, refusal: RefusedError) -> Generated:
@@ -268,21 +296,23 @@ class Fleet:
         client: ServerClient,
         asking: _Asking,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient],
-        refusal: RefusedError,
+        error: RefusedError | ServerError,
     ) -> Generated:
-        """Ask another server after `client` refused. Raises the refusal if the other server refuses too, or none is left."""
+        """Ask another server after `client` answered with an error. Raises that error if the other server refuses too, or none
+        is left. A server that alone refuses a request is marked."""
         while others := [one for one in self.serving if one is not client]:
-            other = elsewhere(others)
+            other = elsewhere([one for one in others if one.name != self.apart] or others)
             try:
                 reply = await asking.answer(other, [other])
             except RefusedError:
                 break
-            except ServerError as error:
-                await self._failed_at(other, asking, error)
-            else:
-                self.mark_failed(client, str(refusal))
-                return reply
-        raise refusal
+            except ServerError as failure:
+                await self._failed_at(other, asking, failure)
+                continue
+            if isinstance(error, RefusedError):
+                self.mark_failed(client, str(error))
+            return reply
+        raise error
 
     async def for_all(self, step: Callable[[ServerClient], Awaitable[Any]]) -> bool:
         """`await step(client)` for all serving servers concurrently. A server for which it raises ServerError is marked failed.

@@ -44,6 +44,10 @@ class RestartBackoff:
                 found.append(name)
         return found
 
+    def is_first(self, name: str) -> bool:
+        """Whether the last attempt from `due` was the first since the server's failures were forgotten."""
+        return self._attempts[name] == 1
+
     def do_not_count(self, name: str) -> None:
         """Do not count the last attempt from `due`, because it was only a health check, which the next sync may repeat."""
         self._attempts[name], self._pause[name] = self._before[name]

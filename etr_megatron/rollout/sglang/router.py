@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from etr_megatron.config import SglangConfig, startup_timeout_of
+from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeout_of
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.client import PATIENCE, ServerClient, ServerError
 from etr_megatron.rollout.sglang.hosts import Host
@@ -50,7 +50,7 @@ class Router:
         self.stop()
         # Its metrics cannot be switched off; by default they are served on all interfaces, at a fixed port.
         arguments = ["--prometheus-host", _HOST, "--prometheus-port", str(free_port(_HOST)), "--log-level", "warn"]
-        timeout_s = math.ceil(PATIENCE * self._config.request_timeout_s)
+        timeout_s = math.ceil(PATIENCE * request_timeout_of(self._config))
         arguments += ["--policy", str(self._config.router), "--request-timeout-secs", str(timeout_s)]
         arguments += ["--disable-health-check", "--disable-retries", "--disable-circuit-breaker"]
         arguments += ["--shutdown-grace-period-secs", "1"]

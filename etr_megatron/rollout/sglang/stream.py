@@ -7,10 +7,10 @@ import itertools
 import queue
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError, Place
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
@@ -40,10 +40,15 @@ _Reply = tuple[int, Generated] | Exception
 
 
 class _Running(NamedTuple):
+    """An attempt in flight. failures: those of its request. deaths: the servers that had died with it when this one began."""
+
     key: int
     client: ServerClient
-    task: asyncio.Task[None]
-    group: int | None = None
+    request: Request
+    failures: Failures
+    deaths: int
+    group: int | None
+    task: asyncio.Task[Any]
 
 
 class RequestStream:
@@ -76,6 +81,11 @@ class RequestStream:
         self._next: Exception | None = None  # an error that followed the replies which `wait` returned last
         self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests in flight, tests of problems included."""
+        return len(self._running)
 
     async def submit(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
         """Start these requests, in order; keys must be new, and 0 or more. first: ahead of all other waiting requests."""
@@ -182,9 +192,7 @@ class RequestStream:
             del self._awaited[key]
             self._requests.pop(key, None)
         self._dispatch.withdraw(keys)
-        for running in self._running.values():
-            if running.key in keys:
-                running.task.cancel()
+        self._cancel(keys)
 
     def _begin(self) -> None:
         """Start waiting requests at servers with capacity."""
@@ -199,9 +207,14 @@ class RequestStream:
                 break
             # The id ends with a dot because SGLang's scheduler aborts every request whose id starts with the given id.
             rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
-            work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
-            group = None if order.is_test else self._group(client, self._requests[order.key])
-            self._running[rid] = _Running(order.key, client, loop.create_task(work), group)
+            request, failures = self._requests[order.key], self._failures[order.key]
+            group = None if order.is_test else self._group(client, request)
+            work: Coroutine[Any, Any, Any]
+            work = self._test(client, request, rid) if order.is_test else self._ask(client, request, rid, failures)
+            task = loop.create_task(work)
+            self._running[rid] = _Running(order.key, client, request, failures, failures.deaths, group, task)
+            # Not done by the task itself, because a task that is cancelled before it has begun runs none of its code.
+            task.add_done_callback(partial(self._end_test if order.is_test else self._end, rid))
         for problem in self._dispatch.unproved:
             if problem not in self._proving:
                 self._proving[problem] = loop.create_task(self._prove(problem))
@@ -253,30 +266,32 @@ class RequestStream:
         if any(key >= 0 for key in self._requests):
             self._replies.put(error)
 
-    async def _one(self, client: ServerClient, key: int, rid: str) -> None:
-        request, failures = self._requests[key], self._failures[key]
-        deaths = failures.deaths
+    async def _ask(self, client: ServerClient, request: Request, rid: str, failures: Failures) -> Generated:
+        return await self._fleet.ask(
+            client,
+            request,
+            rid,
+            failures=failures,
+            may_abort=lambda: self._is_stopping,
+            elsewhere=partial(self._move, rid),
+            group=lambda: self._running[rid].group,
+        )
+
+    def _end(self, rid: str, task: asyncio.Task[Generated]) -> None:
+        """Answer the request of an attempt that has ended, or let it wait again if its reply is still awaited."""
+        key, client, request, failures, deaths, group, _ = self._running.pop(rid)
         outcome: Generated | Exception | None = None
         try:
-            outcome = await self._fleet.ask(
-                client,
-                request,
-                rid,
-                failures=failures,
-                may_abort=lambda: self._is_stopping,
-                elsewhere=partial(self._move, rid, request),
-                group=lambda: self._running[rid].group,
-            )
+            outcome = task.result()
         except GivenUpError as error:
             outcome = _given_up(str(error))
-        except (ServerError, asyncio.CancelledError):  # it is repeated if its reply is still awaited
+        except (ServerError, asyncio.CancelledError):
             pass
         except Exception as error:  # a refusal; anything else is a bug
             outcome = error
-        _, at, _, group = self._running.pop(rid)
-        self._groups.leave(at.name, request.problem_id, group)
+        self._groups.leave(client.name, request.problem_id, group)
         if failures.deaths > deaths:
-            self._dispatch.suspect(request.problem_id, at.name if self._fleet.router is None else "")
+            self._dispatch.suspect(request.problem_id, client.name if self._fleet.router is None else "")
         self._dispatch.ended(key)
         if outcome is None and key in self._requests:
             self._dispatch.again(key)
@@ -285,46 +300,53 @@ class RequestStream:
         if outcome is not None:
             if isinstance(outcome, Generated) and outcome.finish_reason != "abort":
                 self._dispatch.clear_of_suspicion(request.problem_id)
-            self._answer(key, replace(outcome, place=Place(at.name, group)) if isinstance(outcome, Generated) else outcome)
+            self._answer(key, replace(outcome, place=Place(client.name, group)) if isinstance(outcome, Generated) else outcome)
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
 
-    def _move(self, rid: str, request: Request, others: Sequence[ServerClient]) -> ServerClient:
+    def _move(self, rid: str, others: Sequence[ServerClient]) -> ServerClient:
         """Choose another server for a request that one refused; aborts of the request go to that server from now on."""
         clients, left = {client.name: client for client in others}, self._running[rid]
-        self._groups.leave(left.client.name, request.problem_id, left.group)
+        self._groups.leave(left.client.name, left.request.problem_id, left.group)
         client = clients[self._dispatch.move(left.key, clients)]
-        self._running[rid] = left._replace(client=client, group=self._group(client, request))
+        self._running[rid] = left._replace(client=client, group=self._group(client, left.request))
         return client
 
-    async def _test(self, client: ServerClient, key: int, rid: str) -> None:
-        request, survived = self._requests[key], None
-        parameters, problem = request.parameters, request.problem_id
-        if self._dispatch.deaths[problem] == 1:
+    async def _test(self, client: ServerClient, request: Request, rid: str) -> bool | None:
+        parameters = request.parameters
+        if self._dispatch.deaths[request.problem_id] == 1:
             parameters = replace(parameters, max_new_tokens=min(_TEST_TOKENS, parameters.max_new_tokens))
+        return await self._fleet.survives(client, replace(request, parameters=parameters), rid)
+
+    def _end_test(self, rid: str, task: asyncio.Task[bool | None]) -> None:
+        """Judge the problem of a test that has ended. A cancelled test is repeated."""
+        key, client, request, *_ = self._running.pop(rid)
+        survived: bool | None = None
         fault: Exception | None = None
         try:
-            survived = await self._fleet.survives(client, replace(request, parameters=parameters), rid)
-        except asyncio.CancelledError:  # it is tested again
+            survived = task.result()
+        except asyncio.CancelledError:
             pass
         except Exception as error:
             fault = error
-        del self._running[rid]
         keys = self._dispatch.end_test(survived=None if survived and self._is_stopping else survived)
         if survived is False:
             lost = f"{client.name} died while it had only this request, and another server while it had it among others"
-            why = f"problem {problem}, {request.size}: {lost}"
-            self._suspicions.give_up(problem, why)
+            why = f"problem {request.problem_id}, {request.size}: {lost}"
+            self._suspicions.give_up(request.problem_id, why)
             for each in keys:
                 self._answer(each, _given_up(why))
-            for running in self._running.values():
-                if running.key in keys:
-                    running.task.cancel()
+            self._cancel(keys)
         if fault is not None:
             self._dispatch.withdraw([key])
             self._answer(key, fault)
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
+
+    def _cancel(self, keys: Collection[int]) -> None:
+        for running in self._running.values():
+            if running.key in keys:
+                running.task.cancel()
 
     def _answer(self, key: int, outcome: Generated | Exception) -> None:
         self._failures.pop(key, None)
