@@ -10,12 +10,24 @@ import pytest
 
 from etr_megatron.environment import EnvironmentReply
 from etr_megatron.errors import UserError
-from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.pending_group import PendingGroup
 from etr_megatron.rollout.rollout_buffer import RolloutBuffer
-from tests.rollout_buffers import Environment, Talker, assert_dialogue, buffer_of, names, reply_of, sync, through_disk, timer
+from tests.rollout_buffers import (
+    Environment,
+    Talker,
+    assert_dialogue,
+    buffer_of,
+    names,
+    reply_of,
+    sync,
+    through_disk,
+    timer,
+    without_background,
+)
+
+__all__ = ["without_background"]  # a fixture
 
 AHEAD = dict(partial=True, max_staleness=1)
 
@@ -42,11 +54,6 @@ def assert_dialogues(taken, **limits) -> None:
         assert [sample.index for sample in group.samples] == [0, 1]
         for sample in group.samples:
             assert_dialogue(group.problem, sample, **limits)
-
-
-@pytest.fixture
-def without_background(monkeypatch):
-    monkeypatch.setattr(BackgroundLoop, "start", lambda self: None)
 
 
 @pytest.fixture

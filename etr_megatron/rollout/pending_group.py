@@ -51,7 +51,7 @@ class PendingGroup:
     @property
     def missing(self) -> list[Sample]:
         """Samples that are not finished."""
-        return [sample for sample in self.group.samples if sample.finish_reason in ("abort", "turn")]
+        return [sample for sample in self.group.samples if not sample.has_ended]
 
     @property
     def is_ready(self) -> bool:
