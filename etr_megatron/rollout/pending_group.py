@@ -87,6 +87,14 @@ def oldest_version(sample: Sample) -> int:
     return min(sample.weight_versions, default=sample.weight_version)
 
 
+def summed_ages(sample: Sample, version: int) -> int:
+    """Sum of the ages of its drawn tokens, in weight syncs up to weights `version`."""
+    if not sample.weight_versions:
+        return sample.drawn * (version - sample.weight_version)
+    ages = version - np.frombuffer(sample.weight_versions, np.int32)
+    return int(ages.sum(where=np.frombuffer(sample.loss_mask, np.bool_)) if sample.loss_mask else ages.sum())
+
+
 def extend(sample: Sample, drawn: Drawn) -> None:
     """Append the drawn tokens with their log-probs and versions (in place; the caller owns the sample)."""
     versions = sample.token_versions() + array("i", [drawn.weight_version]) * len(drawn.ids)

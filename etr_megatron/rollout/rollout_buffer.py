@@ -32,7 +32,7 @@ from etr_megatron.rollout.engine import (
     never,
 )
 from etr_megatron.rollout.grading import Grading, StreamingGrader
-from etr_megatron.rollout.pending_group import PendingGroup, extend, oldest_version, pack, unpack
+from etr_megatron.rollout.pending_group import PendingGroup, extend, oldest_version, pack, summed_ages, unpack
 from etr_megatron.rollout.sampler import Rollouts, Timer, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
@@ -328,7 +328,7 @@ class RolloutBuffer:
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
         tokens = sum(sample.drawn for sample in samples)
-        ages = sum(sum(version - token for token in sample.of_drawn(sample.token_versions())) for sample in samples)
+        ages = sum(summed_ages(sample, version) for sample in samples)
         oldest = version - min(oldest_version(sample) for sample in samples)
         if oldest > rollout.max_staleness:
             raise RuntimeError(f"a token is {oldest} weight syncs old, more than rollout.max_staleness={rollout.max_staleness}")
