@@ -40,7 +40,7 @@ class StreamingSampler:
         # Rank 0 times generation and grading separately.
         with nullcontext() if self._buffer is not None else timer("rollout"):
             return on_rank0_until_stopped(
-                lambda anywhere: of_rank0(self._buffer).take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
+                lambda anywhere: of_rank0(self._buffer).take(step, timer, anywhere), must_stop, share=Rollouts.for_other_ranks
             )
 
     def put_back(self, step: int) -> None:
