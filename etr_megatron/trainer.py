@@ -339,7 +339,7 @@ class Trainer:
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):
             computed = () if batch is None or batch.old_entropy is None else batch.old_logp
-            old = [logp.tolist() for logp in computed] or None
+            old = (logp.tolist() for logp in computed) if computed else None
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:
