@@ -239,8 +239,13 @@ class Trainer:
             sequences, has_reference = sequences_of(groups), self.policy.has_reference
             routing = self._routing(groups)
             by_engine = self.config.objective.old_logp == "engine"
-            old = None if by_engine and not self._gate else self.policy.logprobs(sequences, routing=routing)
-            reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
+            old = reference = None
+            if self._gate or not by_engine:
+                with self._watch.part("logprobs"):
+                    old = self.policy.logprobs(sequences, routing=routing)
+            if has_reference:
+                with self._watch.part("reference"):
+                    reference = self.policy.logprobs(sequences, reference=True)
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
@@ -250,7 +255,7 @@ class Trainer:
                 logger.warning("step %d: nothing to train on, as all responses were %s", self.step, why_untrained(groups))
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
-                with nullcontext() if updates else self._profiled():
+                with self._watch.part("update"), nullcontext() if updates else self._profiled():
                     updates.append(self.policy.update(part))
             return batch, updates
 
