@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from etr_megatron.rollout import RolloutEngine, Sampler
-    from etr_megatron.rollout.collect import Decode, Grader
+    from etr_megatron.rollout.collect import Decode
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
@@ -127,7 +127,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stops, directory, stop, nodes)))
     phases.meet("loading of the model")
     cursor = _cursor(config, problems)
-    decode, grader = partial(tokenizer.decode, skip_special_tokens=True), workers.grader.grade if workers.grader else None
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
     dialogues = None
     if workers.environment is not None:
         reply_ids = ReplyTokenizer(config.data, tokenizer, stop_ids)
@@ -136,11 +136,11 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
         config,
         engine=engine,
         policy=Policy(architecture, model_dir, config, layout),
-        sampler=stack.enter_context(closing(_sampler(config, engine, cursor, decode, grader, dialogues))),
+        sampler=stack.enter_context(closing(_sampler(config, engine, cursor, decode, workers.grader, dialogues))),
         held_out=held_out,
         decode=decode,
         directory=directory,
-        grader=grader,
+        grader=workers.grader.grade if workers.grader else None,
         dialogues=dialogues,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
         stop_request=stop,
@@ -234,7 +234,7 @@ def _sampler(
     engine: RolloutEngine | None,
     cursor: AnyCursor,
     decode: Decode,
-    grader: Grader | None,
+    grader: GraderPool | None,
     dialogues: Dialogues | None,
 ) -> Sampler:
     """The sampler that returns the groups of each step."""
@@ -243,7 +243,7 @@ def _sampler(
     if engine is None:
         return ReplaySampler(config, cursor)
     if config.rollout.backend == "embedded":
-        return RoundSampler(config, engine, cursor, decode, grader, dialogues)
+        return RoundSampler(config, engine, cursor, decode, grader.grade if grader else None, dialogues)
     servers = cast("StreamingEngine", engine)  # see `_engine`
     return StreamingSampler(config, servers, cursor, decode, grader, dialogues)
 

@@ -13,13 +13,7 @@ from etr_megatron.batching import build_batch, minibatches, routing_of, sequence
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
-from etr_megatron.metrics import (
-    check_logprob_gap,
-    drawn_from,
-    rollout_metrics,
-    step_metrics,
-    training_speed,
-)
+from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch, profiled
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
@@ -240,8 +234,13 @@ class Trainer:
             sequences, has_reference = sequences_of(groups), self.policy.has_reference
             routing = self._routing(groups)
             by_engine = self.config.objective.old_logp == "engine"
-            old = None if by_engine and not self._gate else self.policy.logprobs(sequences, routing=routing)
-            reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
+            old = reference = None
+            if self._gate or not by_engine:
+                with self._watch.part("logprobs"):
+                    old = self.policy.logprobs(sequences, routing=routing)
+            if has_reference:
+                with self._watch.part("reference"):
+                    reference = self.policy.logprobs(sequences, reference=True)
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
@@ -251,7 +250,7 @@ class Trainer:
                 logger.warning("step %d: nothing to train on, as all responses were %s", self.step, why_untrained(groups))
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
-                with nullcontext() if updates else self._profiled():
+                with self._watch.part("update"), nullcontext() if updates else self._profiled():
                     updates.append(self.policy.update(part))
             return batch, updates
 
@@ -340,7 +339,7 @@ class Trainer:
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):
             computed = () if batch is None or batch.old_entropy is None else batch.old_logp
-            old = [logp.tolist() for logp in computed] or None
+            old = (logp.tolist() for logp in computed) if computed else None
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:

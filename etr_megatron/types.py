@@ -114,6 +114,11 @@ class Sample:
         return self.weight_versions or array("i", [self.weight_version]) * len(self.response_ids)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will be drawn for this response."""
+        return self.finish_reason in ("stop", "length")
+
+    @property
     def drawn(self) -> int:
         """Number of response tokens that the model drew."""
         return sum(self.loss_mask) if self.loss_mask else len(self.response_ids)

@@ -1,8 +1,6 @@
 """A process that speaks SGLang's protocol and breaks it on demand: `python -m tests.fake_sglang BEHAVIOUR`, BEHAVIOUR is JSON.
-
-It can also be started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints
-its port. (External servers are forked, see tests/fake_servers.py.)
-Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
+Or as SGLang is started, `... --port PORT`, with its behaviour in FAKE_SGLANG. It prints its port. Tokens are a function of the
+prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (number of the generate request, from 0), refuse_all, forget_at (from
 this request on it has the weights that it was started with), drop_at (closes the connection without a reply), fail_prompt,
 abort_prompt, die_prompt, die_late (first token of prompts at which it does this; late: after 30 tokens of a chain), busy (does
@@ -14,9 +12,8 @@ is cut off or this is taken back; `waiting` in /state counts them), odd_pause_at
 stops at this generate request; with hang_at only the request waits), die_once (a number and a file: dies at this generate
 request unless another server has made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with
 weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
-every token; a list: by attention group), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves
-out routed experts although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless
-(accepts no weights; starts at once, without torch).
+every token; a list: by attention group), says (by route, what it adds to its infos), says_no_experts (leaves out routed experts
+although requested), no_tokenizer (refuses stop strings, which it otherwise ignores), weightless (accepts no weights, no torch).
 POST /behave changes them in a running server; die_in and stop_in there count from the next request.
 """
 

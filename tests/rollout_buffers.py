@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
+import pytest
 from safetensors.torch import load, save
 
 from etr_megatron.config import Config
 from etr_megatron.config.schema import RolloutConfig, RunConfig, SglangConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.environment import EnvironmentReply
+from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.engine import Draw, Drawn, Place
 from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.types import Problem
+from tests.graders import Graders
 
 
 class Problems(list):
@@ -149,13 +153,21 @@ def words(ids) -> str:
     return " ".join(map(str, ids))
 
 
+def graders_of(buffer: RolloutBuffer) -> Graders:
+    return buffer._grading._grader
+
+
 def grader(flat=()):
-    """Alternating rewards 0 and 1, in the order of a group's samples; all 0 for the problems in `flat`."""
+    """Alternating rewards 0 and 1 for the responses to a problem, in dialogues by the length of the last turn, which differs
+    between a group's samples; all 0 for the problems in `flat`."""
+    graded: Counter[str] = Counter()
 
-    def grade(requests):
-        return [Grade(0.0 if f"p{one.answer}" in flat else float(place % 2), "ok", "") for place, one in enumerate(requests)]
+    def reward(one) -> float:
+        graded[one.answer] += 1
+        number = len(one.response.split()) if one.messages else graded[one.answer]
+        return 0.0 if f"p{one.answer}" in flat else float(number % 2 == 0)
 
-    return grade
+    return lambda requests: [Grade(reward(one), "ok", "") for one in requests]
 
 
 def timer(_phase):
@@ -172,11 +184,16 @@ def buffer_of(
         asked = Problems(replace(one, messages=[{"role": "user", "content": one.prompt}]) for one in asked)
         dialogues = Dialogues(environment, lambda reply, last: ids_of(reply[0]), words, max_turns=max_turns)
     cursor = PromptCursor(asked, seed=1, shuffle=shuffle)
-    return RolloutBuffer(config, engine, cursor, words, grader(flat), dialogues)
+    return RolloutBuffer(config, engine, cursor, words, Graders(grader(flat)), dialogues)
 
 
 def ids_of(message) -> list[int]:
     return [int(word) for word in message["content"].split()]
+
+
+@pytest.fixture
+def without_background(monkeypatch):
+    monkeypatch.setattr(BackgroundLoop, "start", lambda self: None)
 
 
 def through_disk(state: dict) -> dict:

@@ -18,7 +18,7 @@ from tests import warm
 REPO = Path(__file__).resolve().parents[1]
 HELD = "reward.function=tests.held:digit_sum_is_even"
 TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s", "tflops_per_gpu")
-TIMES += ("time_checkpoint", "time_checkpoint_write")
+TIMES += ("time_logprobs", "time_reference", "time_update", "time_checkpoint", "time_checkpoint_write")
 
 SMALL = """
 run: {name: small, steps: 6}

@@ -26,6 +26,7 @@ from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.rollout.stops import StopStrings
 from etr_megatron.types import Message, Problem
 from tests.fake_servers import patient_with
+from tests.graders import Graders
 from tests.policy_jobs import build, make_batch
 from tests.sglang_comeback_jobs import fails_soon
 from tests.sglang_jobs import TEMPERATURE, Problems, _gaps_by_version, behaving, engine_of, states_of
@@ -94,7 +95,7 @@ def lost_in_dialogues(
         policy, stops = build(model, ["parallel.tp=2"]), StopStrings(STOPS, letters)
         engine = engine_of(policy, model, directory, probe_every=0, servers=2, stop_strings=stops, **settings)
         cursor = PromptCursor(Problems(problem(number, [7]) for number in range(40)), seed=1, shuffle=False)
-        sampler = StreamingSampler(config, engine, cursor, words, grade if dialogues else None, dialogues)
+        sampler = StreamingSampler(config, engine, cursor, words, Graders(grade) if dialogues else None, dialogues)
         if engine._control is not None:
             patient_with(engine._control.fleet.clients[1:])
         try:
@@ -173,7 +174,7 @@ def streamed_dialogues(
 
     with dialogues_of(config) as dialogues:
         cursor = PromptCursor(Problems(problems[:40]), seed=1, shuffle=False)
-        sampler, batch = StreamingSampler(config, engine, cursor, words, grade, dialogues), None
+        sampler, batch = StreamingSampler(config, engine, cursor, words, Graders(grade), dialogues), None
         common = dict(decode=words, grader=grade, dialogues=dialogues, must_stop=never, with_servers=lambda draw: draw())
         try:
             for step in range(1, steps + 1):

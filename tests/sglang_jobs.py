@@ -32,6 +32,7 @@ from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
 from tests.fake_servers import impatient_with
+from tests.graders import Graders
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
 from tests.warm_servers import start_warm
@@ -171,7 +172,7 @@ def streamed(
         rewards = [zlib.crc32(one.response.encode()) / 2**32 if int(one.answer) % 4 else 0.5 for one in requests]
         return [Grade(reward, "ok", "") for reward in rewards]
 
-    sampler = StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, grade)
+    sampler = StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, Graders(grade))
     weights: dict[int, dict[str, torch.Tensor]] = {}
     found: dict[str, Any] = {"steps": [], "counts": []}
     batch = None

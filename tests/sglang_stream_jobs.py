@@ -18,6 +18,7 @@ from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, Stre
 from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.types import Problem
 from tests.fake_servers import patient_with
+from tests.graders import Graders
 from tests.policy_jobs import build
 from tests.sglang_comeback_jobs import fails_soon
 from tests.sglang_jobs import Problems, behaving, engine_of, states_of
@@ -119,7 +120,7 @@ def _sampler(
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
         return [Grade(float(i % 2), "ok", "") for i in range(len(requests))]
 
-    cursor, grader = PromptCursor(problems, seed=1, shuffle=False), grade if dist.get_rank() == 0 else None
+    cursor, grader = PromptCursor(problems, seed=1, shuffle=False), Graders(grade) if dist.get_rank() == 0 else None
     return StreamingSampler(config, engine, cursor, str, grader)
 
 

@@ -1,8 +1,8 @@
-"""What goes on in a thread of its own while the ranks train: further turns are drawn, and others' calls end it first."""
+"""What goes on in a thread of its own while the ranks train: responses arrive, turns are drawn, and what has ended is graded.
+Calls of others end it first."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter
@@ -27,13 +27,7 @@ def until(holds) -> None:
 
 
 def loops() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name in ("dialogues", "a loop")]
-
-
-@pytest.fixture(autouse=True)
-def graded_at_once(monkeypatch):
-    """For what goes on during grading see test_background_grading.py."""
-    monkeypatch.setattr(BackgroundLoop, "beside", lambda self: contextlib.nullcontext())
+    return [thread for thread in threading.enumerate() if thread.name in ("responses", "a loop")]
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +121,7 @@ class Guarded(Talker):
 
     def wait(self, timeout_s):
         def wait():
-            if threading.current_thread().name == "dialogues":
+            if threading.current_thread().name == "responses":
                 self.waits += 1
                 self.gate.wait(LONG_S)
             if self.error is not None:
@@ -159,7 +153,7 @@ def alone(monkeypatch):
 
         return call
 
-    for name in ("_ask", "_judge", "_choose", "_submit", "_accept", "_go_on", "_continue"):
+    for name in ("_ask", "_choose", "_submit", "_accept", "_accept_grades", "_go_on", "_continue"):
         monkeypatch.setattr(RolloutBuffer, name, guarded(getattr(RolloutBuffer, name)))
     monkeypatch.setattr(rollout_buffer, "pack", guarded(rollout_buffer.pack))
 
@@ -209,9 +203,8 @@ def test_further_turns_are_drawn_between_a_weight_sync_and_the_next_step():
     ours.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"max_staleness": 1, "environment": None}], ids=["not ahead", "no environment"])
-def test_nothing_goes_on_where_nothing_is_ahead_or_there_are_no_dialogues(options):
-    ours = buffer_of(Guarded(), **{"environment": Environment(), **options})
+def test_nothing_goes_on_where_nothing_is_ahead():
+    ours = buffer_of(Guarded(), environment=Environment())
     ours.take(1, timer)
     ours.pause()
     ours.resume()

@@ -92,6 +92,19 @@ def test_a_presets_loss_is_doubted_too():
     assert doubts(config_with(objective__preset="rloo", train__minibatches=1)) == []
 
 
+@pytest.mark.parametrize(
+    ("staleness", "old_logp", "correction", "is_doubtful"),
+    [(1, "trainer", "none", True), (0, "trainer", "none", False), (1, "engine", "none", False), (1, "trainer", "mask", False)],
+)
+def test_stale_tokens_that_nothing_corrects_are_doubted(staleness, old_logp, correction, is_doubtful):
+    objective = dict(objective__old_logp=old_logp, objective__correction=correction)
+    config = config_with(rollout__backend="sglang", rollout__max_staleness=staleness, **objective)
+    told = (
+        f'rollout.max_staleness = {staleness}, objective.old_logp = "trainer", objective.correction = "none": tokens of older'
+    )
+    assert [doubt.startswith(told) for doubt in doubts(config)] == [True] * is_doubtful
+
+
 def test_best_checkpoints_that_are_not_saved_and_a_profile_that_is_not_made_are_doubted():
     kept = dict(checkpoint__keep_best=1, eval__every=5)
     assert [len(doubts(config_with(checkpoint__every=every, **kept))) for every in (5, 10, 12, 0)] == [0, 0, 1, 1]

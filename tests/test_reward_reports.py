@@ -11,6 +11,7 @@ from etr_megatron.reward import Grade
 from etr_megatron.rollout import UngradedError
 from etr_megatron.rollout.collect import grade_samples, report_errors
 from etr_megatron.types import Problem, Sample
+from tests.rollout_buffers import graders_of
 from tests.test_sampler import Engine, buffer_of, names, sync, through_disk, timer
 
 OK, LATE, ERROR = Grade(1.0, "ok", ""), Grade(0.0, "timeout", "no grade within 10 s"), Grade(0.0, "error", "it raised KeyError")
@@ -47,14 +48,13 @@ def test_a_step_that_others_may_follow_is_warned_of_at_most(caplog, grades, warn
 def test_what_could_not_be_graded_is_graded_again_once_that_is_mended(status, options):
     engine = Engine()
     buffer = buffer_of(engine, **options)
-    grade, buffer._grader = buffer._grader, lambda requests: [Grade(0.0, status, "it gave 2.0")] * len(requests)
+    graders_of(buffer).grade = lambda requests: [Grade(0.0, status, "it gave 2.0")] * len(requests)
     with pytest.raises(UngradedError, match=r" answers .*: it gave 2\.0; "):
         buffer.take(1, timer)
     buffer.put_back(1)
     resumed = buffer_of(Engine())
     resumed._cursor.load_state_dict(buffer._cursor.state_dict())
     resumed.load_state_dict(through_disk(buffer.state_dict()))
-    resumed._grader = grade
     taken = resumed.take(1, timer)
     assert names(taken) == ["p0", "p1", "p2", "p3"] and not resumed._engine.asked
     assert all(sample.reward_status == "ok" for group in taken.groups for sample in group.samples)
@@ -62,16 +62,17 @@ def test_what_could_not_be_graded_is_graded_again_once_that_is_mended(status, op
 
 def test_answers_that_time_out_for_three_steps_in_a_row_are_graded_again_after_a_restart():
     buffer = buffer_of(engine := Engine())
-    grade, late = buffer._grader, lambda requests: [LATE] * len(requests)
-    for step, buffer._grader in enumerate((late, late, grade, late, late), 1):
+    graders, late = graders_of(buffer), lambda requests: [LATE] * len(requests)
+    grade = graders.grade
+    for step, graders.grade in enumerate((late, late, grade, late, late), 1):
         buffer.take(step, timer)
         sync(buffer, engine)
-    buffer._grader = late
+    graders.grade = late
     with pytest.raises(
         UngradedError, match=r"^reward\.function timed out for all responses of 3 steps in a row; raise reward\.ti"
     ):
         buffer.take(6, timer)
-    buffer._grader = grade
+    graders.grade = grade
     assert all(sample.reward_status == "ok" for group in buffer.take(6, timer).groups for sample in group.samples)
 
 

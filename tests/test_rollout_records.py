@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from array import array
 from contextlib import nullcontext
 
@@ -40,6 +41,18 @@ def test_a_recorded_step_comes_back_exactly(tmp_path):
     assert [group_from_json(one) for one in found] == [group("a"), group("b")]
     assert counts == {"groups_asked": 3}
     assert found[1]["samples"][0]["old_logprobs"] == [-0.2, -0.3, 0.0]
+
+
+def test_a_step_is_never_in_memory_as_a_whole(tmp_path):
+    samples = [Sample(0, [5] * 2000, [-1 / 3] * 2000, "stop", 4, "", 1.0, "ok")]
+    groups = [Group(f"{name}@1", Problem(name, "", "", [1]), samples) for name in map(str, range(40))]
+    tracemalloc.start()
+    try:
+        write_record(tmp_path / "recorded", 1, groups, {}, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.6 * (tmp_path / "recorded" / "step_000001.jsonl").stat().st_size  # all groups took 3 times the file
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\r\n", "\n"], ids=ascii)

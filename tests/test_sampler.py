@@ -13,7 +13,21 @@ from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.sampler import RoundSampler, chosen
 from etr_megatron.types import Group, Problem, Sample
-from tests.rollout_buffers import Engine, assert_whole, buffer_of, names, problems, sync, through_disk, timer
+from tests.rollout_buffers import (
+    Engine,
+    assert_whole,
+    buffer_of,
+    graders_of,
+    names,
+    problems,
+    sync,
+    through_disk,
+    timer,
+    without_background,
+)
+
+__all__ = ["without_background"]  # a fixture
+pytestmark = pytest.mark.usefixtures("without_background")
 
 
 def test_a_rank_that_must_stop_is_not_kept_by_responses_and_all_is_still_pending():
@@ -193,7 +207,7 @@ def test_a_step_that_is_taken_again_has_its_own_groups_where_the_next_steps_are_
 def test_a_step_of_which_no_answer_can_be_graded_stops_the_run_whatever_the_steps_before():
     buffer = buffer_of(Engine())
     buffer.take(1, timer)
-    buffer._grader = lambda requests: [Grade(0.0, "error", "it raised KeyError") for _ in requests]
+    graders_of(buffer).grade = lambda requests: [Grade(0.0, "error", "it raised KeyError") for _ in requests]
     with pytest.raises(UserError, match="8 of 8 answers could not be graded; the first, to problem p4: it raised KeyError"):
         buffer.take(2, timer)
 

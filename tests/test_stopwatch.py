@@ -21,6 +21,20 @@ def test_stopwatch_adds_up_phases_and_restarts_at_each_lap(monkeypatch: pytest.M
     assert watch.lap() == dict.fromkeys(expected, 0.0) | {"time_step": 4.0}
 
 
+def test_parts_of_a_phase_are_in_its_time_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    with watch.phase("train"):
+        for part, seconds in (("logprobs", 2.0), ("update", 1.0), ("update", 4.0)):
+            with watch.part(part):  # type: ignore[arg-type]
+                now[0] += seconds
+            now[0] += 0.5
+    times = watch.lap()
+    assert (times["time_train"], times["time_logprobs"], times["time_update"]) == (8.5, 2.0, 5.0)
+    assert "time_reference" not in times and "time_update" not in watch.lap()
+
+
 def test_stopwatch_phases_do_not_nest_and_count_when_they_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

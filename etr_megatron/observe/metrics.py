@@ -46,7 +46,7 @@ class StepMetrics(TypedDict):
     tokens_per_s: float  # response tokens of the step that the model drew / `time_step`
     time_rollout: float  # seconds that the step waited for responses
     time_reward: float  # seconds that the step waited for rewards
-    time_train: float  # seconds for log-probs and updates
+    time_train: float  # seconds of training: waiting for other ranks, reloading, log-probs and updates
     time_sync: float  # seconds for the weight sync to the engine
     time_step: float  # seconds since the end of the previous step, including evaluation and checkpoints
 
@@ -95,6 +95,9 @@ class MetricsRow(StepMetrics, total=False):
     load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
     routing_replayed: float  # with `routing_replay`: share of the model's response tokens predicted with the engine's experts
+    time_logprobs: float  # part of `time_train`: seconds for the old log-probs, if the trainer computed them
+    time_reference: float  # part of `time_train`: seconds for the reference model's log-probs, if there is one
+    time_update: float  # part of `time_train`: seconds for the step's updates
     time_checkpoint: float  # seconds that the run was stopped by checkpoints since the previous row, if it was
     time_checkpoint_write: float  # with `checkpoint.asynchronous`: seconds to write the checkpoint that became complete
     samples_continued: int  # with partial rollouts: samples with tokens of several weight versions

@@ -5,9 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypedDict, get_args
+from typing import Literal, NotRequired, TypedDict, get_args
 
 Phase = Literal["rollout", "reward", "train", "sync"]
+Part = Literal["logprobs", "reference", "update"]
+"""Parts of the training phase."""
+
+
+_PART_KEYS: dict[Part, Literal["time_logprobs", "time_reference", "time_update"]] = {
+    "logprobs": "time_logprobs",
+    "reference": "time_reference",
+    "update": "time_update",
+}
 
 
 class StepTimes(TypedDict):
@@ -18,6 +27,9 @@ class StepTimes(TypedDict):
     time_train: float
     time_sync: float
     time_step: float
+    time_logprobs: NotRequired[float]  # parts of `time_train`, if there were any
+    time_reference: NotRequired[float]
+    time_update: NotRequired[float]
 
 
 class Stopwatch:
@@ -34,6 +46,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
+        self._parts: dict[Part, float] = {}
         self._running: Phase | None = None
         self._step_started = time.perf_counter()
 
@@ -50,15 +63,26 @@ class Stopwatch:
             self._seconds[name] += time.perf_counter() - started
             self._running = None
 
+    @contextmanager
+    def part(self, name: Part) -> Iterator[None]:
+        """Add the block's duration to this part of the running phase. The block should end with a synchronization too."""
+        started = time.perf_counter()
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - started
+
     def lap(self) -> StepTimes:
         """Return the times since the last lap and restart at zero."""
         now = time.perf_counter()
         seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)
+        parts, self._parts = self._parts, {}
         step, self._step_started = now - self._step_started, now
-        return StepTimes(
+        times = StepTimes(
             time_rollout=seconds["rollout"],
             time_reward=seconds["reward"],
             time_train=seconds["train"],
             time_sync=seconds["sync"],
             time_step=step,
         )
+        for part, spent in parts.items():
+            times[_PART_KEYS[part]] = spent
+        return times

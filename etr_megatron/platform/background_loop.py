@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 
 class BackgroundLoop:
@@ -32,18 +32,6 @@ class BackgroundLoop:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Run the thread while the block runs. At the end, raises the error of `work`, unless the block itself has raised."""
-        self.start()
-        try:
-            yield
-        except BaseException:
-            with suppress(Exception):
-                self.stop()
-            raise
-        self.stop()
 
     @contextmanager
     def held(self) -> Iterator[None]:

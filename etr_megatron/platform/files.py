@@ -106,16 +106,17 @@ def entries(folder: Path, pattern: str) -> list[Path]:
     return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)] if folder.is_dir() else []
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replace the content of `path` by `data`: after a crash at any moment it has either the old or the new content.
 
+    data: may be given in pieces, which then need not be in memory together.
     Raises `UserError` naming `path` if the disk is full; the old content then remains.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     with disk_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -87,7 +87,7 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
 
     # Long: an evaluation may have thousands of answers, and a custom reward may be slow.
     for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
-        _fill_in(sample, grade)
+        fill_in(sample, grade)
 
 
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
@@ -99,20 +99,25 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
       because the best answers might count as the worst.
     """
     with saved_first():
-        grades = grader([_request(problem, sample) for problem, sample in samples])
-    outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
-    if outside:
-        grade, problem = outside[0]
-        raise UngradedError(
-            f"{len(outside)} of {len(grades)} answers got a reward outside the configured range; the first, to problem "
-            f"{problem.id}: {grade.detail}; set these two to the lowest and the highest reward that it returns, or fix it"
-        )
+        grades = grader([grade_request(problem, sample) for problem, sample in samples])
+    refuse_outside([(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)])
     for (_, sample), grade in zip(samples, grades, strict=True):
-        _fill_in(sample, grade)
+        fill_in(sample, grade)
     return grades
 
 
-def _request(problem: Problem, sample: Sample) -> GradeRequest:
+def refuse_outside(grades: Sequence[tuple[Grade, str]]) -> None:
+    """Raise UngradedError if a reward is outside the configured range. grades: (grade, problem id)."""
+    outside = [(grade, name) for grade, name in grades if grade.status == "out_of_range"]
+    if outside:
+        grade, name = outside[0]
+        raise UngradedError(
+            f"{len(outside)} of {len(grades)} answers got a reward outside the configured range; the first, to problem "
+            f"{name}: {grade.detail}; set these two to the lowest and the highest reward that it returns, or fix it"
+        )
+
+
+def grade_request(problem: Problem, sample: Sample) -> GradeRequest:
     """The answer of a dialogue is the model's last turn; a reply of the environment must not count as an answer. If the engine
     gave the response up, the answer is empty: an earlier turn must not count either."""
     if not sample.messages:
@@ -122,8 +127,15 @@ def _request(problem: Problem, sample: Sample) -> GradeRequest:
     return GradeRequest(problem.prompt, turn, problem.answer, problem.extra, [*problem.messages, *sample.messages])
 
 
-def _fill_in(sample: Sample, grade: Grade) -> None:
+def fill_in(sample: Sample, grade: Grade) -> None:
+    """Fill in the sample's reward (in place; the caller owns the sample)."""
     sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
+
+
+def all_failed(grades: Sequence[tuple[Grade, str]]) -> bool:
+    """Whether no answer could be graded. False if all timed out: a shared judge may be faster at the next step."""
+    statuses = {grade.status for grade, _ in grades}
+    return "error" in statuses and statuses <= {"error", "timeout"}
 
 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
@@ -140,6 +152,6 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
         return
     grade, name = failed[0]
     what = f"{len(failed)} of {len(grades)} answers could not be graded; the first, to problem {name}: {grade.detail}"
-    if len(failed) + len(late) == len(grades):
+    if all_failed(grades):
         raise UngradedError(f"{what}; fix reward.function or the reference answers")
     logger.warning("%s", what)

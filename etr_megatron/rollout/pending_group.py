@@ -51,7 +51,7 @@ class PendingGroup:
     @property
     def missing(self) -> list[Sample]:
         """Samples that are not finished."""
-        return [sample for sample in self.group.samples if sample.finish_reason in ("abort", "turn")]
+        return [sample for sample in self.group.samples if not sample.has_ended]
 
     @property
     def is_ready(self) -> bool:
@@ -85,6 +85,14 @@ def _nothing_drawn(index: int, weight_version: int) -> Sample:
 def oldest_version(sample: Sample) -> int:
     """Oldest weight version that any of its tokens was drawn from."""
     return min(sample.weight_versions, default=sample.weight_version)
+
+
+def summed_ages(sample: Sample, version: int) -> int:
+    """Sum of the ages of its drawn tokens, in weight syncs up to weights `version`."""
+    if not sample.weight_versions:
+        return sample.drawn * (version - sample.weight_version)
+    ages = version - np.frombuffer(sample.weight_versions, np.int32)
+    return int(ages.sum(where=np.frombuffer(sample.loss_mask, np.bool_)) if sample.loss_mask else ages.sum())
 
 
 def extend(sample: Sample, drawn: Drawn) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import threading
@@ -119,10 +120,12 @@ def _shared(own: Any) -> Any:
     With NCCL it goes through GPU memory piece by piece, because servers may have filled the GPUs.
     """
     device, is_source = platform.device(), dist.get_rank() == 0
-    given = bytearray(pickle.dumps(own)) if is_source else bytearray()
-    size = torch.tensor(len(given), device=device)
+    given = io.BytesIO()  # torch takes its buffer without a copy
+    if is_source:
+        pickle.dump(own, given)
+    size = torch.tensor(given.tell(), device=device)
     dist.broadcast(size, src=0)
-    pickled = torch.frombuffer(given or bytearray(int(size)), dtype=torch.uint8)
+    pickled = torch.frombuffer(given.getbuffer() if is_source else bytearray(int(size)), dtype=torch.uint8)
     for piece in pickled.split(PIECE):
         moved = piece.to(device)
         dist.broadcast(moved, src=0)

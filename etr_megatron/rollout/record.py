@@ -6,10 +6,11 @@ The first line holds the sampler's metrics; every other line is one group with t
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -52,23 +53,26 @@ def recorded_steps(folder: Path) -> list[int]:
 
 
 def write_record(
-    folder: Path, step: int, groups: Sequence[Group], counts: dict[str, float], old_logprobs: Sequence[Sequence[float]] | None
+    folder: Path, step: int, groups: Sequence[Group], counts: dict[str, float], old_logprobs: Iterable[Sequence[float]] | None
 ) -> None:
     """Write a step's file atomically; raises UserError on a full disk.
 
     counts: the sampler's metrics. old_logprobs: the trainer's own log-probs, for each sample in the order of the groups, of the
     response tokens that the model drew; None if the trainer has not computed them. In the file, tokens of replies have null.
     """
-    lines: list[dict[str, Any]] = [{"step": step, "counts": counts}]
+    folder.mkdir(exist_ok=True)
+    lines = itertools.chain([{"step": step, "counts": counts}], _lines(groups, old_logprobs))
+    # One line after the other, as a step may have gigabytes.
+    write_atomically(record_path(folder, step), ((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines))
+
+
+def _lines(groups: Sequence[Group], old_logprobs: Iterable[Sequence[float]] | None) -> Iterator[dict[str, Any]]:
     old = iter(old_logprobs or ())
     for group in groups:
         line = group_to_json(group)
         for sample, written in zip(group.samples, line["samples"], strict=True) if old_logprobs is not None else ():
             written["old_logprobs"] = _of_all_tokens(next(old), sample)
-        lines.append(line)
-    folder.mkdir(exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(record_path(folder, step), text.encode("utf-8"))
+        yield line
 
 
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
-from etr_megatron.rollout.collect import Decode, Grader, LateSteps, UngradedError, grade_samples, report_errors
+from etr_megatron.rollout.collect import Decode, LateSteps, UngradedError, all_failed, fill_in, report_errors
 from etr_megatron.rollout.engine import (
     LOOK_S,
     Draw,
@@ -31,7 +31,8 @@ from etr_megatron.rollout.engine import (
     StreamingEngine,
     never,
 )
-from etr_megatron.rollout.pending_group import PendingGroup, extend, oldest_version, pack, unpack
+from etr_megatron.rollout.grading import Grading, StreamingGrader
+from etr_megatron.rollout.pending_group import PendingGroup, extend, oldest_version, pack, summed_ages, unpack
 from etr_megatron.rollout.sampler import Rollouts, Timer, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GLANCE_S = 0.01
-"""Longest wait, in seconds, for the engine while replies of the environment are pending too, because an environment's worker
-gets its next call only between two waits. Also the longest wait of the background loop, so that it can be stopped quickly."""
+"""Longest wait, in seconds, for the engine while replies of the environment or grades are pending too, because their workers
+get their next calls only between two waits. Also the longest wait of the background loop, so that it can be stopped quickly."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
@@ -56,15 +57,15 @@ class RolloutBuffer:
         engine: StreamingEngine,
         cursor: AnyCursor,
         decode: Decode,
-        grader: Grader,
+        grader: StreamingGrader,
         dialogues: Dialogues | None = None,
     ) -> None:
-        self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
-        self._dialogues = dialogues
+        self._config, self._engine, self._cursor, self._decode = config, engine, cursor, decode
+        self._grading, self._dialogues = Grading(grader), dialogues
         self._replying: dict[int, tuple[PendingGroup, Sample]] = {}  # waiting for the environment, by id(sample)
-        # While the ranks train, and during grading, a background thread continues the dialogues. All methods below that read or
-        # change the groups stop it first.
-        self._background = BackgroundLoop(self._go_on_alone, "dialogues")
+        # While the ranks train, a background thread takes responses, continues dialogues and has responses graded. All methods
+        # below that read or change the groups stop it first.
+        self._background = BackgroundLoop(self._go_on_alone, "responses")
         self._groups: list[PendingGroup] = []
         self._taken: tuple[int, list[PendingGroup]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
@@ -72,7 +73,7 @@ class RolloutBuffer:
         self._asked_for = 0  # the step that prompts are requested for; below, the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._grades: list[tuple[Grade, str]] = []  # of the step
+        self._grades: list[tuple[Grade, str]] = []  # since the last step
         self._late_calls, self._late_grades = LateSteps("environment"), LateSteps("reward")
         self._given_up = ""  # why the last group was given up
 
@@ -83,8 +84,8 @@ class RolloutBuffer:
         # Colocated servers generate nothing while the ranks train.
         ahead = 0 if self._config.sglang.placement == "colocated" else rollout.max_staleness * rollout.prompts_per_step
         wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
-        with timer("reward"):
-            self._judge()  # what was completed while the ranks trained
+        # Those of a checkpoint, and those whose grading has failed.
+        self._grading.submit([(held, sample) for held in self._groups for sample in held.group.samples if sample.has_ended])
         while True:
             self._ask(step, wanted)
             self._refuse_if_too_few()
@@ -92,11 +93,8 @@ class RolloutBuffer:
                 break
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
-            if any(held.missing for held in self._groups):
-                with timer("rollout"):
-                    self._go_on(LOOK_S)
-            with timer("reward"):
-                self._judge()
+            with timer("rollout" if any(held.missing for held in self._groups) else "reward"):
+                self._go_on(LOOK_S)
         grades, self._grades = self._grades, []
         try:
             report_errors(grades)
@@ -154,10 +152,11 @@ class RolloutBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """All pending groups. After a restart, tokens that the engine had not returned are drawn again, and replies of the
-        environment are requested again."""
+        environment and rewards are requested again."""
         with self._background.held():
             groups = self._groups
-            if self._dialogues is not None and self._dialogues.is_broken(self, _complete(groups)):
+            broken = self._dialogues is not None and self._dialogues.is_broken(self, _complete(groups))
+            if broken or all_failed(self._grades):
                 # These failures may end the run in the next step. A checkpoint saved before it must not hold them.
                 groups = deepcopy(groups)
                 _forget_failures(groups)
@@ -191,28 +190,40 @@ class RolloutBuffer:
             self._background.stop()
 
     def _start_background(self) -> None:
-        if self._dialogues is not None and self._config.rollout.max_staleness:
+        if self._config.rollout.max_staleness:
             self._background.start()
 
     def _go_on_alone(self) -> bool:
-        """One iteration of the background loop; returns whether requests or replies are pending."""
+        """One iteration of the background loop; returns whether requests, replies or grades are pending."""
         self._go_on(_GLANCE_S)
-        return bool(self._under_way or self._replying)
+        return bool(self._under_way or self._replying or self._grading.is_pending)
 
     def _go_on(self, timeout_s: float) -> None:
-        """Take the responses and replies that have arrived since the last call, and submit the next turns of dialogues. Waits
-        for at least one of them, up to `timeout_s`."""
-        if self._dialogues is None:
-            self._accept(self._engine.wait(timeout_s))
-            return
-        if self._under_way or not self._replying:
-            self._accept(self._engine.wait(_GLANCE_S if self._replying else timeout_s))
+        """Take the responses, replies and grades that have arrived since the last call; submit the next turns of dialogues, and
+        have responses graded that have ended. Waits for at least one arrival, up to `timeout_s`."""
+        glance_s, is_grading = min(timeout_s, _GLANCE_S), self._grading.is_pending
+        if self._under_way or not (self._replying or is_grading):
+            self._accept(self._engine.wait(glance_s if self._replying or is_grading else timeout_s))
+            timeout_s = glance_s = 0.0
+        if self._dialogues is not None and self._replying:
+            self._accept_replies(self._dialogues.ended(self, glance_s if is_grading else timeout_s))
             timeout_s = 0.0
-        replied = [self._replying.pop(id(sample)) for sample in self._dialogues.ended(self, timeout_s)]
+        self._accept_grades(timeout_s)
+
+    def _accept_replies(self, ended: Iterable[Sample]) -> None:
+        replied = [self._replying.pop(id(sample)) for sample in ended]
         still_there = [(held, sample) for held, sample in replied if self._has(held, sample)]
-        for _, sample in still_there:
-            self._finish(sample)
+        for held, sample in still_there:
+            self._finish(held, sample)
         self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
+
+    def _accept_grades(self, timeout_s: float) -> None:
+        """Reward samples and, with dynamic sampling, leave out complete groups without a learning signal."""
+        for held, sample, grade in self._grading.poll(timeout_s):
+            if self._has(held, sample):
+                fill_in(sample, grade)
+                self._grades.append((grade, held.group.problem.id))
+                held.is_left_out = self._config.rollout.dynamic_sampling and held.is_judged and held.group.is_flat
 
     def _has(self, held: PendingGroup, sample: Sample) -> bool:
         """Whether the sample is still needed: its group was not given up, and the sample was not replaced by an empty one."""
@@ -276,12 +287,14 @@ class RolloutBuffer:
                     sample.finish_reason = "turn"
                     if self._has(held, sample):
                         self._have_replied(held, sample)
-            self._finish(sample)
+            self._finish(held, sample)
 
-    def _finish(self, sample: Sample) -> None:
-        """Fill in the text of a response that has ended."""
-        if sample.finish_reason in ("stop", "length"):
+    def _finish(self, held: PendingGroup, sample: Sample) -> None:
+        """Fill in the text of a response that has ended, and have it graded. As a reward may be slow (a judge model, a test
+        suite), this does not wait for the rest of the group."""
+        if sample.has_ended:
             sample.text = self._decode(sample.response_ids.tolist())
+            self._grading.submit([(held, sample)])
 
     def _give_up(self, group: PendingGroup, why: str) -> None:
         """Drop the whole group, because only complete groups are trained on; its pending replies will be ignored."""
@@ -300,27 +313,15 @@ class RolloutBuffer:
                 f"a step of {wanted} groups had to give up {given_up}; the reason for the last: {self._given_up}"
             )
 
-    def _judge(self) -> None:
-        """Reward complete groups and, with dynamic sampling, leave out those without a learning signal."""
-        complete = [held for held in self._groups if not held.missing and not held.is_judged]
-        samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
-        if not samples:
-            return
-        # A reward may be slow (a judge model, a test suite), so dialogues go on in the background meanwhile.
-        with nullcontext() if self._dialogues is None else self._background.beside():
-            grades = grade_samples(samples, self._grader)
-            # Done inside the block, whose end may raise an error of the dialogues: a later `take` then continues with these
-            # groups, and grades none of them twice.
-            self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
-            for held in complete:
-                held.is_left_out = self._config.rollout.dynamic_sampling and held.group.is_flat
-
     def _is_enough(self) -> bool:
         """Whether enough groups are ready. Also waits for redone groups to be complete, because a long response might otherwise
-        be redone forever."""
-        ready = sum(held.is_ready for held in self._groups)
-        redone = any(held.is_redone and held.missing for held in self._groups)
-        return ready >= self._config.rollout.prompts_per_step and not redone
+        be redone forever, and for grades of complete groups that would be too old for the next step."""
+        if sum(held.is_ready for held in self._groups) < self._config.rollout.prompts_per_step:
+            return False
+        oldest = self._engine.weight_version - self._config.rollout.max_staleness
+        return not any(
+            held.is_redone if held.missing else not held.is_judged and held.oldest_version <= oldest for held in self._groups
+        )
 
     def _choose(self, step: int) -> Rollouts:
         """Take the ready groups with the oldest tokens, fill up with left-out groups, and drop the other left-out groups."""
@@ -342,7 +343,7 @@ class RolloutBuffer:
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
         tokens = sum(sample.drawn for sample in samples)
-        ages = sum(sum(version - token for token in sample.of_drawn(sample.token_versions())) for sample in samples)
+        ages = sum(summed_ages(sample, version) for sample in samples)
         oldest = version - min(oldest_version(sample) for sample in samples)
         if oldest > rollout.max_staleness:
             raise RuntimeError(f"a token is {oldest} weight syncs old, more than rollout.max_staleness={rollout.max_staleness}")

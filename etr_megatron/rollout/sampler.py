@@ -36,19 +36,19 @@ class Rollouts:
     groups: list[Group]
     counts: dict[str, float] = field(default_factory=dict)
 
-    def without_routing(self) -> Rollouts:
-        """A copy with empty `Sample.routing`; tokens are shared, not copied."""
+    def for_other_ranks(self) -> Rollouts:
+        """A copy with empty `Sample.routing`, `text` and `messages`, which only rank 0 uses; tokens are shared, not copied."""
         groups = [replace(group, samples=[copy(sample) for sample in group.samples]) for group in self.groups]
         for sample in (sample for group in groups for sample in group.samples):
-            sample.routing = array("B")
+            sample.routing, sample.text, sample.messages = array("B"), "", []
         return Rollouts(groups, self.counts)
 
 
 class Sampler(Protocol):
     """All ranks call all methods. `take`, `pause` and `resume` are collectives; the others do not communicate.
 
-    `take` returns the same on all ranks, except for `Sample.routing`, which may be empty on ranks other than 0 because it can
-    take gigabytes.
+    `take` returns the same on all ranks, except for `Sample.routing`, which can take gigabytes, `text` and `messages`: on ranks
+    other than 0 they may be empty.
     """
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
@@ -215,7 +215,7 @@ class ReplaySampler:
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. Raises UserError when the step was not recorded or does not match the config."""
         with timer("rollout"):
-            return on_rank0(lambda: self._read(step), long=True, share=Rollouts.without_routing)
+            return on_rank0(lambda: self._read(step), long=True, share=Rollouts.for_other_ranks)
 
     def _read(self, step: int) -> Rollouts:
         found, counts = read_record(self._folder, step)

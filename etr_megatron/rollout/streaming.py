@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config
 from etr_megatron.data import AnyCursor
-from etr_megatron.rollout.collect import Decode, Grader
+from etr_megatron.rollout.collect import Decode
 from etr_megatron.rollout.engine import MustStop, StreamingEngine, never
+from etr_megatron.rollout.grading import StreamingGrader
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.rollout.sampler import Rollouts, Timer
@@ -27,7 +28,7 @@ class StreamingSampler:
         engine: StreamingEngine,
         cursor: AnyCursor,
         decode: Decode,
-        grader: Grader | None,
+        grader: StreamingGrader | None,
         dialogues: Dialogues | None = None,
     ) -> None:
         """dialogues: on rank 0, if there is an environment."""
@@ -39,7 +40,7 @@ class StreamingSampler:
         # Rank 0 times generation and grading separately.
         with nullcontext() if self._buffer is not None else timer("rollout"):
             return on_rank0_until_stopped(
-                lambda anywhere: of_rank0(self._buffer).take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
+                lambda anywhere: of_rank0(self._buffer).take(step, timer, anywhere), must_stop, share=Rollouts.for_other_ranks
             )
 
     def put_back(self, step: int) -> None:

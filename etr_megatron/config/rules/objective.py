@@ -78,6 +78,18 @@ def off_policy(config: Config) -> Iterator[Violation]:
         )
 
 
+def stale(config: Config) -> Iterator[Violation]:
+    """A doubt: tokens of older weights whose probabilities nothing corrects."""
+    objective = config.objective
+    is_ahead = config.rollout.max_staleness and not config.rollout.only
+    if is_ahead and objective.old_logp == "trainer" and objective.correction == "none":
+        yield Violation(
+            ("rollout.max_staleness", "objective.old_logp", "objective.correction"),
+            "tokens of older weights are trained on as if the current weights had generated them; set correction to truncate "
+            "or mask, or old_logp to engine",
+        )
+
+
 def clip_range(config: Config) -> Iterator[Violation]:
     """The clip radii."""
     objective = config.objective
