@@ -143,7 +143,7 @@ def test_an_offloaded_optimizer_updates_with_its_ranks_share_of_the_cores(monkey
     monkeypatch.setattr(torch, "get_num_threads", lambda: before)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     monkeypatch.setattr(optimizer, "optimizer_config", lambda config: "settings")
-    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda settings, chunks: (settings, chunks))
+    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda settings, chunks, **_: (settings, chunks))
     config = Config(train=TrainConfig(optimizer_offload=offload))
     assert optimizer.build_optimizer(["chunk"], config) == ("settings", ["chunk"])
     assert given == ([threads] if offload else [])

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -201,11 +200,8 @@ def _fake_rank(rank: int, world: int) -> Iterator[None]:
         from etr_megatron.policy import parallel
 
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        # A gloo group would try to connect to the other ranks.
-        without_gloo = partial(parallel.mpu.initialize_model_parallel, create_gloo_process_groups=False)
         try:
-            with mock.patch.object(parallel.mpu, "initialize_model_parallel", without_gloo):
-                yield
+            yield
         finally:
             parallel.mpu.destroy_model_parallel()
             dist.destroy_process_group()

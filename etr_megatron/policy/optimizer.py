@@ -71,7 +71,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -
         # By default torchrun gives a rank one thread, and then an update takes seconds per 10^9 weights.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(torch.get_num_threads(), cores))
-    optimizer: Any = get_megatron_optimizer(optimizer_config(config), [*chunks])
+    optimizer: Any = get_megatron_optimizer(optimizer_config(config), [*chunks], use_gloo_process_groups=False)
     if config.lora.rank and len(optimizer.chained_optimizers) > 1:
         # Megatron makes an optimizer for dense weights even if no rank trains any, and cannot write that stub to a checkpoint.
         optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]

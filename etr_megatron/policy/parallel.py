@@ -111,6 +111,7 @@ def init_layout(
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=sizes[3],
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            create_gloo_process_groups=False,  # only Megatron's own writer of optimizer states would use them
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
