@@ -2,7 +2,7 @@
 # The installation steps of docker/Dockerfile; each builds against the torch of the image:
 #
 #   install_gpu.sh transformer-engine VERSION JOBS
-#   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam and fused weight gradient; PyPI's apex is another package
+#   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam without Transformer Engine; PyPI's apex is another package
 #   install_gpu.sh product FOLDER [WORKSPACE]         this project, editable
 set -euo pipefail
 

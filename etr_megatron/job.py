@@ -109,7 +109,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     # so the others cannot stop there with a checkpoint.
     stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
     require_fp8(config.fp8)  # this and the next before spending minutes on server startup
-    require_packed_attention(config.train.megatron)
+    require_packed_attention(config.train.megatron, config.model.dtype)
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer, config.rollout.stop_tokens)

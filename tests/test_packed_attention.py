@@ -27,15 +27,16 @@ def test_a_gpu_without_a_kernel_for_packed_sequences_is_refused_unless_flash_att
     with pytest.raises(
         UserError, match=r"on NVIDIA X \(compute capability \d+\.\d\) without the package flash-attn: install it"
     ):
-        require_packed_attention({})
-    require_packed_attention({"attention_backend": "unfused"})
+        require_packed_attention({}, "bfloat16")
+    require_packed_attention({"attention_backend": "unfused"}, "bfloat16")
+    require_packed_attention({}, "float32")
     gpu(capability, flash_attn=True)
-    require_packed_attention({})
+    require_packed_attention({}, "bfloat16")
     gpu(capability, transformer_engine=False)
-    require_packed_attention({})
+    require_packed_attention({}, "bfloat16")
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
 def test_hopper_and_blackwell_need_no_other_package(gpu, capability):
     gpu(capability)
-    require_packed_attention({})
+    require_packed_attention({}, "bfloat16")

@@ -97,8 +97,9 @@ def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
     ("family", "layout"),
     [
         *(("qwen3", layout) for layout in (*CHUNKS, *CONTEXT)),
-        # Its projections have biases.
+        # Its projections have biases, and its embedding is the head.
         *(("qwen2", layout) for layout in ("pp2_vpp2_tp2_full_recompute", "pp3_uneven", "cp2_tp2_sp")),
+        ("qwen2", "pp2_vpp2_dp2_overlapped"),
     ],
 )
 def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models, single, family, layout):
@@ -108,7 +109,11 @@ def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layout"), in_turn(WITH_EXPERTS, MIXTURES))
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    # Chunks of context and tensor-parallel parts of a sequence meet in the rotary embedding of latent keys.
+    [*in_turn(WITH_EXPERTS, MIXTURES), ("deepseek_v3", "cp2_tp2_sp_ep2_etp1")],
+)
 def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]
     for found in run(gangs, hf_models[family], world, overrides):

@@ -37,8 +37,9 @@ def host_bytes(config: Config, arch: Architecture, node: range, world: int) -> i
     from etr_megatron.weights import LowRank
 
     needed = snapshot_bytes(config, arch, len(node), world)
-    if config.train.optimizer_offload or config.train.offload_for_rollout:
-        needed += 12 * _trained(config, arch) * len(node) // world
+    # Adam's two moments and weights, in fp32; on the CPU, Megatron's optimizer also keeps the gradients.
+    element = 16 if config.train.optimizer_offload else 12 if config.train.offload_for_rollout else 0
+    needed += element * _trained(config, arch) * len(node) // world
     if config.lora.rank and config.lora.offload_base:
         held = adapters_by_rank(arch, training_layout(config, world), LowRank.of(config.lora))
         needed += element_bytes(config) * sum(held[rank].pinned for rank in node)

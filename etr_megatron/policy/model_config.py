@@ -142,6 +142,7 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         pipeline_dtype=dtype,
         variable_seq_lengths=layout.pp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        batch_p2p_sync=False,  # the host would wait after every message, which only versions of torch before 2 need
         overlap_p2p_comm=layout.vpp > 1,
     )
 

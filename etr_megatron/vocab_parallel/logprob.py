@@ -107,7 +107,7 @@ def vocab_parallel_logprob(
 
     hidden: fp32 or bf16 [R, H], the loss rows only (select them before the head), identical on every tensor-parallel rank.
     weight: [Vp/TP, H] of the same dtype, this rank's shard of the LM head (or of the tied embedding); padded rows are ignored
-    and get zero gradient. Its gradient is added to `weight.main_grad` if Megatron's DDP created one in fp32.
+    and get zero gradient. Its gradient is added to `weight.main_grad` if Megatron's DDP created one.
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in sampling.
     chunk_rows: rows whose logits exist at a time; None means 1024 on CUDA and R / 4, between 128 and 384, on CPU.
     backend, overlap: see `Head`.
