@@ -169,29 +169,6 @@ def test_a_worker_that_does_not_read_its_request_is_late(user_environment, later
         assert (key, reply.status) == (0, "timeout") and gone(worker.pid)
 
 
-def test_forgotten_requests_get_no_reply_and_only_their_workers_are_replaced(user_environment, tmp_path):
-    with pool_of(user_environment, workers=3) as pool:
-        pids = pool.worker_pids
-        assert answers(pool, "str(os.getpid())") == [said(str(pids[0]))]
-        for key in range(2):
-            pool.submit(key, ask("wait_for('go')"))
-        pool.forget()
-        assert pool.under_way == 0 and pool.poll(1e6) == []
-        assert gone(pids[0]) and gone(pids[1]) and pool.worker_pids == [pids[2]]
-        (tmp_path / "go").touch()
-        assert answers(pool, *["'new'"] * 6) == [said("new")] * 6
-        assert len(pool.worker_pids) == 3 and pids[2] in pool.worker_pids
-
-
-def test_requests_and_replies_that_wait_are_forgotten_too(user_environment, tmp_path):
-    with pool_of(user_environment) as pool:
-        pool.submit(0, ask("'old'"))
-        pool.submit(1, ask("open('ran', 'w').close()"))
-        assert select.select([pool._pool.workers[0].read_fd], [], [], 300)[0]
-        pool.forget()
-        assert answers(pool, "'new'") == [said("new")] and not (tmp_path / "ran").exists()
-
-
 def in_thread(act):
     results: list = []
     thread = threading.Thread(target=lambda: results.append(act()), daemon=True)
@@ -235,7 +212,7 @@ def test_close_ends_idle_and_busy_workers_and_further_use_is_refused(user_enviro
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descendants are found in Linux's /proc")
-@pytest.mark.parametrize("how", ["timeout", "forget", "close"])
+@pytest.mark.parametrize("how", ["timeout", "close"])
 def test_what_a_killed_call_has_started_is_killed_with_it(user_environment, tmp_path, later, how):
     with pool_of(user_environment) as pool:
         pool.submit(0, ask("with_a_child(hang)"))
@@ -245,8 +222,6 @@ def test_what_a_killed_call_has_started_is_killed_with_it(user_environment, tmp_
         if how == "timeout":
             later(601.0)
             assert pool.poll(0.0)[0][1].status == "timeout"
-        elif how == "forget":
-            pool.forget()
         else:
             pool.close()
         wait_for(lambda: gone(child))

@@ -48,10 +48,6 @@ class EnvironmentPool(FunctionPool):
         """
         return [(key, self._reply(outcome)) for key, outcome in self._pool.poll(timeout_s)]
 
-    def forget(self) -> None:
-        """Drop all requests; they get no replies. Workers that have one are killed and replaced."""
-        self._pool.forget()
-
     def _reply(self, outcome: dict[str, object] | Lost) -> EnvironmentReply:
         if not isinstance(outcome, Lost):
             return EnvironmentReply(**outcome)  # type: ignore[arg-type]

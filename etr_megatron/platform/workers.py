@@ -100,14 +100,6 @@ class WorkerPool:
         self.under_way -= len(outcomes)
         return outcomes
 
-    def forget(self) -> None:
-        """Drop all requests. Workers that have one are killed, and replaced at the next `submit`."""
-        self._drop([worker for worker in self.workers if worker.inflight])
-        self._pending.clear()
-        self._suspects.clear()
-        self._outcomes.clear()
-        self.under_way = 0
-
     def close(self) -> None:
         """End all workers and wait for them. Idempotent."""
         self.closed = True

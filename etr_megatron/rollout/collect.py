@@ -49,11 +49,10 @@ class LateSteps:
     def check(self, step: int, statuses: Iterable[str | None]) -> None:
         """Raise UngradedError if this is the last of these steps. May be called several times in a step. statuses: of the last
         call for each response, None without one."""
-        found = set(statuses)
         if self._last is None:
             self._last = step - 1
-        if found != {"timeout"}:
-            self._last = step if found else self._last
+        if set(statuses) != {"timeout"}:
+            self._last = step
         elif step - self._last >= LATE_STEPS:
             raise UngradedError(
                 f"{self._section}.function timed out for all responses of {LATE_STEPS} steps in a row; raise "

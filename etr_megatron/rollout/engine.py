@@ -133,8 +133,8 @@ class RolloutEngine(Protocol):
     def update_weights(self, weights: WeightSource, version: int, must_stop: MustStop = never) -> None:
         """Load all weights. Only this method changes `weight_version`.
 
-        must_stop: whether this rank was asked to stop. An engine that has to start servers then raises StopAskedError on every
-        rank.
+        must_stop: whether this rank was asked to stop. If an engine has to start servers, and a rank that waits for them was
+        asked, it raises StopAskedError on every rank.
 
         The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
         see `SglangEngine.update_weights`.

@@ -292,7 +292,7 @@ class RolloutBuffer:
     def _finish(self, held: PendingGroup, sample: Sample) -> None:
         """Fill in the text of a response that has ended, and have it graded. As a reward may be slow (a judge model, a test
         suite), this does not wait for the rest of the group."""
-        if sample.has_ended:
+        if sample.has_ended and self._has(held, sample):
             sample.text = self._decode(sample.response_ids.tolist())
             self._grading.submit([(held, sample)])
 

@@ -45,7 +45,8 @@ class Rollouts:
 
 
 class Sampler(Protocol):
-    """All ranks call all methods. `take`, `pause` and `resume` are collectives; the others do not communicate.
+    """All ranks call all methods. `take`, `cut_off`, `pause` and `resume` are collectives; the others do not
+    communicate.
 
     `take` returns the same on all ranks, except for `Sample.routing`, which can take gigabytes, `text` and `messages`: on ranks
     other than 0 they may be empty.

@@ -276,6 +276,8 @@ class Fleet:
             raise ServerError(f"{asked.name}: aborted a request that it was not asked to abort")
         if reply.ids and self.version not in (None, reply.version):
             raise ServerError(f"{asked.name}: generated with weights of version {reply.version} instead of {self.version}")
+        if is_router:
+            self._problems.clear()
         self._problems.pop(asked.name, None)
         return reply
 
@@ -302,12 +304,15 @@ class Fleet:
         is left. A server that alone refuses a request is marked."""
         while others := [one for one in self.serving if one is not client]:
             other = elsewhere([one for one in others if one.name != self.apart] or others)
+            deaths = asking.failures.deaths
             try:
                 reply = await asking.answer(other, [other])
             except RefusedError:
                 break
             except ServerError as failure:
                 await self._failed_at(other, asking, failure)
+                if asking.failures.deaths > deaths:
+                    raise  # where it is asked next depends on its deaths
                 continue
             if isinstance(error, RefusedError):
                 self.mark_failed(client, str(error))
