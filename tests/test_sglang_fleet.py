@@ -18,6 +18,7 @@ import torch
 from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery
+from etr_megatron.rollout.sglang.failures import Failures
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
@@ -25,8 +26,7 @@ from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 from tests.fake_servers import impatient_with, patient_with, servers
 
-CONTEXT = 512
-"""Context length of a fake server, in tokens."""
+CONTEXT = 512  # of a fake server, in tokens
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
 REQUESTS = [Request([number, 7], PARAMETERS) for number in range(40)]
@@ -226,6 +226,17 @@ def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is
     assert list(failed) == ["server 0"] and "answered 400" in failed["server 0"]
     with pytest.raises(RefusedError, match="server 0: /generate answered 400"):  # no other server is left to ask
         asyncio.run(body({"die_at": 0}))
+
+
+def test_a_request_that_has_killed_a_server_is_not_passed_on_in_the_same_attempt():
+    async def body():
+        async with fleet_of({"fail_at": 0}, {"die_at": 0}, {}) as fleet:
+            (first, _, third), failures = fleet.serving, Failures()
+            with pytest.raises(ServerError):
+                await fleet.ask(first, REQUESTS[0], failures=failures)
+            return failures.deaths, list(fleet.failed), (await state_of(third))["prompts"]
+
+    assert asyncio.run(body()) == (1, ["server 1"], [])
 
 
 def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it_has_the_weights():
