@@ -18,7 +18,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from tests.runs import REPO
@@ -54,11 +55,26 @@ def servers(*behaviours: dict) -> Iterator[tuple[str, ...]]:
 
 
 def patient_with(clients: Iterable[Any]) -> None:
-    """Whatever a test's deadline for a server that hangs, these, which are well, may be as slow as the machine is."""
+    """Whatever a test's deadline for a server that hangs, these, which are well, may be as slow as the machine is.
+
+    One of them that hangs until it is started again is found at once by what a weight sync asks failed servers first.
+    """
     for client in clients:
-        request, complete = client._request, client._complete
-        client._request = lambda method, route, body, _, request=request: request(method, route, body, 600.0)
-        client._complete = lambda body, _, complete=complete: complete(body, 600.0)
+        client._request, client._complete = _patient(client._request), partial(_complete_patiently, client._complete)
+
+
+def _patient(request: Callable[..., Any]) -> Callable[..., Any]:
+    from etr_megatron.rollout.sglang.control import _HEALTH_S
+
+    def patient(method: str, route: str, body: Any, timeout_s: float | None) -> Any:
+        is_first = route == "/abort_request" and timeout_s == _HEALTH_S
+        return request(method, route, body, timeout_s if is_first else 600.0)
+
+    return patient
+
+
+def _complete_patiently(complete: Callable[..., Any], body: Any, _: float) -> Any:
+    return complete(body, 600.0)
 
 
 @contextlib.contextmanager
