@@ -227,7 +227,6 @@ def small_model(path):
         (["checkpoint.asynchronous=true"], (2 + 4 + 8) * PARAMETERS * 3 // 12),
         (["checkpoint.asynchronous=true", "model.dtype=float32"], (4 + 8) * PARAMETERS * 3 // 12),
         (["train.distributed_optimizer=true", "train.optimizer_offload=true"], 16 * PARAMETERS * 3 // 12),
-        (["train.distributed_optimizer=true", "train.offload_for_rollout=true"], 12 * PARAMETERS * 3 // 12),
         (["lora.rank=4", "lora.offload_base=false", "checkpoint.asynchronous=true"], (4 + 8) * 4 * ADAPTED_SIDES * 3 // 12),
         (["lora.rank=4"], 2 * 3 * ADAPTED),
     ],
