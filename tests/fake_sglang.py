@@ -321,11 +321,9 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     elif route in ("/pause_generation", "/continue_generation"):
         STATE.paused = route.startswith("/pause")
     elif route.endswith("_memory_occupation"):
-        tags = set(body.get("tags") or MEMORY)
-        if tags & STATE.released if route.startswith("/release") else tags - STATE.released:
-            os._exit(9)  # as SGLang does if asked twice
-        if route.startswith("/release") and STATE.running:
-            os._exit(9)  # as SGLang does
+        tags, releases = set(body.get("tags") or MEMORY), route.startswith("/release")
+        if (STATE.running or tags & STATE.released) if releases else tags - STATE.released:
+            os._exit(9)  # as SGLang does if asked twice, or to release memory while it generates
         STATE.released ^= tags
     elif route == "/destroy_weights_update_group":
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))

@@ -101,7 +101,7 @@ def verify(
 
 def _compare_tensors(arch: Architecture, stored: BoxSource, source: SafetensorsDir, ranks: Ranks) -> Verification:
     result = Verification()
-    weights = list(weights_of(arch))
+    weights = weights_of(arch)
     total = sum(
         torch.Size(shape).numel() * stored.type_of(name, weight).itemsize
         for weight in weights

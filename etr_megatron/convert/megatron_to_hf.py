@@ -45,7 +45,7 @@ def to_hf(
     `output_directory`.
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
-    weights = list(weights_of(arch))
+    weights = weights_of(arch)
     tensors = [_tensors(source, weight, dtype, fp8_block) for weight in weights]
     sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
     mine = ranks.share(sizes)
