@@ -32,12 +32,15 @@ from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 
-def choose(contestant: str) -> None:
-    """Make checkpoint.save and load in this process use the contestant's format."""
+def choose(contestant: str, policy: Policy) -> None:
+    """Make checkpoint.save and load of `policy` in this process use the contestant's format."""
     if contestant.startswith("megatron"):
         implementation.store_by_rank = lambda optimizer: None
     if contestant == "megatron_mem_efficient":
         implementation._OPTIMIZER_METADATA["distrib_optim_fully_reshardable_mem_efficient"] = True
+        for optimizer in optimizers_of(policy.optimizer):
+            # It sends through gloo groups, which the product does not create. All ranks are data-parallel here.
+            optimizer.data_parallel_group_gloo = dist.group.WORLD
 
 
 def states(policy: Policy) -> list[Tensor]:
@@ -79,7 +82,7 @@ def run_job(job: dict[str, Any]) -> dict[str, float]:
     config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["world"], cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
     implementation._create_adam_state(policy.optimizer)  # as after an update
-    choose(job["contestant"])
+    choose(job["contestant"], policy)
     folder = Path(job["folder"]) / "checkpoints"
     fill(policy, 1)
     wanted = [tensor.clone() for tensor in states(policy)]
