@@ -125,6 +125,19 @@ def test_what_goes_wrong_in_grading_while_the_ranks_train_ends_the_next_step_and
     buffer.close()
 
 
+def test_a_single_grade_that_fails_stops_no_run_but_counts_at_the_next_step(caplog):
+    buffer = buffer_of(Engine())
+    buffer._grades = [(Grade(0.0, "error", "KeyError"), "p9")]
+    buffer._groups = [PendingGroup.new(problem, step=1, samples=2, weight_version=0) for problem in buffer._cursor.next(4)]
+    for held in buffer._groups:
+        for sample in held.group.samples:
+            sample.finish_reason, sample.reward = "stop", 1.0
+    buffer.take(1, timer)
+    assert not caplog.messages
+    buffer.take(2, timer)
+    assert "1 of 9 answers could not be graded" in caplog.text
+
+
 def test_grades_that_arrive_with_a_failure_of_the_engine_are_kept(caplog):
     """A group without a learning signal is left out when the step goes on, and no response is graded twice."""
     engine = Engine(lambda problem, index: 4 + 4 * index)

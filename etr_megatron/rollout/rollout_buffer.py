@@ -73,7 +73,7 @@ class RolloutBuffer:
         self._asked_for = 0  # the step that prompts are requested for; below, the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._grades: list[tuple[Grade, str]] = []  # since the last step
+        self._grades: list[tuple[Grade, str]] = []  # that no step has reported yet
         self._late_calls, self._late_grades = LateSteps("environment"), LateSteps("reward")
         self._given_up = ""  # why the last group was given up
 
@@ -95,10 +95,13 @@ class RolloutBuffer:
                 raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
             with timer("rollout" if any(held.missing for held in self._groups) else "reward"):
                 self._go_on(LOOK_S)
-        grades, self._grades = self._grades, []
         try:
-            report_errors(grades)
-            self._late_grades.check(step, (grade.status for grade, _ in grades))
+            # Responses graded ahead may leave few grades to a step. Fewer than a group's do not show that nothing can be
+            # graded; they count with the next step's.
+            if len(self._grades) >= rollout.samples_per_prompt:
+                grades, self._grades = self._grades, []
+                report_errors(grades)
+                self._late_grades.check(step, (grade.status for grade, _ in grades))
             if self._dialogues is not None:
                 complete = _complete(self._groups)
                 self._dialogues.report(self, complete)
