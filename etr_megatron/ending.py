@@ -12,9 +12,9 @@ from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import RunDirectory
 from etr_megatron.observe.run_directory import RunState
-from etr_megatron.platform.attendance import Attendance
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.platform.rank_liveness import RankLiveness
 from etr_megatron.status import REQUEUE_EXIT, report_user_error
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class Ending:
     alive.
     """
 
-    def __init__(self, config: Config, directory: RunDirectory, attendance: Attendance, stop: StopRequest) -> None:
-        self._config, self._directory, self._attendance, self._stop = config, directory, attendance, stop
+    def __init__(self, config: Config, directory: RunDirectory, liveness: RankLiveness, stop: StopRequest) -> None:
+        self._config, self._directory, self._liveness, self._stop = config, directory, liveness, stop
         self._is_over, self._lock = False, threading.Lock()
         self._requeued: RequeueError | None = None
         self._trained: Callable[[], int] | None = None
@@ -71,28 +71,28 @@ class Ending:
             raise
         except Exception as error:
             self._leave(error)
-            loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
-            if loss is not None and str(error) and str(error) in loss:
-                loss = None  # All ranks raise the same error, as for work of rank 0. The first note blames no rank.
-            if loss is not None and self._attendance.speaks:
-                logger.error("%s", loss)  # what follows on the terminal is the library's error on this rank
-            after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
+            failure = None if isinstance(error, UserError) else self._liveness.find_failure(_LOSS_S)
+            if failure is not None and str(error) and str(error) in failure:
+                failure = None  # All ranks raise the same error, as for work of rank 0. The first report blames no rank.
+            if failure is not None and self._liveness.is_reporter:
+                logger.error("%s", failure)  # what follows on the terminal is the library's error on this rank
+            after = "" if failure is None else f"{failure}; rank {self._liveness.rank} then failed: "
             self._end("failed", self._done(), f"{after}{error}")
             raise
         with self._lock:
             self._is_over = True
-        if self._attendance.rank == 0:
+        if self._liveness.rank == 0:
             self._directory.write_status("finished", trained(), self._config.run.steps)
 
     def _told(self) -> None:
         """SIGTERM has arrived. Called in StopRequest's thread, like `_out_of_time`."""
-        loss = self._attendance.check_after_sigterm()
-        if loss is None:
+        failure = self._liveness.check_after_sigterm()
+        if failure is None:
             return
         with self._lock:
             # Write it now: NCCL may wait for the lost rank, or end this process, without an error in Python.
             if self._trained is not None and not self._is_over:
-                self._write("failed", self._done(), loss)
+                self._write("failed", self._done(), failure)
 
     def _out_of_time(self) -> int | None:
         """The grace period is over. Returns the exit code of a job that can be resumed, None for a job that has failed."""
@@ -104,19 +104,19 @@ class Ending:
 
     def _leave(self, error: Exception) -> None:
         """Note that this rank ends with the error. Raises RequeueError instead if the job was asked to stop before."""
-        self._attendance.leave(_said(error))
+        self._liveness.report_failure(_said(error))
         if self._is_preempted():
             raise self._requeue_after(error) from error
 
     def _is_preempted(self) -> bool:
         if self._stop():
             self._stop.wait_until_reported()
-            if not self._stop.is_own and self._attendance.loss() is None:
-                self._attendance.stop()  # a server node received SIGTERM
+            if not self._stop.is_own and self._liveness.find_failure() is None:
+                self._liveness.mark_stopped()  # a server node received SIGTERM
         return self._can_resume()
 
     def _can_resume(self) -> bool:
-        return self._config.checkpoint.resume and self._attendance.is_stopped
+        return self._config.checkpoint.resume and self._liveness.is_stopped
 
     def _requeue_after(self, error: Exception) -> RequeueError:
         saved = self._saved()
@@ -125,7 +125,7 @@ class Ending:
         return self._end_as_requeue(RequeueError(words), saved)
 
     def _end_as_requeue(self, error: RequeueError, step: int) -> RequeueError:
-        self._attendance.stop()  # ranks that end later must not report those that have ended as lost
+        self._liveness.mark_stopped()  # ranks that end later must not report those that have ended as lost
         self._requeued = error
         self._end("requeue", step, str(error))
         return error
@@ -144,7 +144,7 @@ class Ending:
 
     def _write(self, state: RunState, step: int, message: str) -> None:
         """Write the status. Errors are ignored: on a full disk it may not fit, and they must not hide the run's own error."""
-        if self._attendance.speaks:
+        if self._liveness.is_reporter:
             with suppress(UserError):
                 if state == "failed" and not self._has_begun() and self._directory.read_state() == "finished":
                     return  # still true: this start has changed nothing

@@ -30,9 +30,9 @@ from etr_megatron.data import (
 from etr_megatron.environment import EnvironmentPool
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
-from etr_megatron.platform.attendance import Attendance
 from etr_megatron.platform.phases import Phases
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.platform.rank_liveness import RankLiveness
 from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
@@ -117,7 +117,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
-    ending = Ending(config, directory, Attendance.of_job(), stop)
+    ending = Ending(config, directory, RankLiveness.of_job(), stop)
     stack.enter_context(ending.before_a_step())
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")

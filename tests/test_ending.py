@@ -18,9 +18,9 @@ from etr_megatron.config import Config
 from etr_megatron.ending import Ending
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import RunDirectory
-from etr_megatron.platform import attendance
-from etr_megatron.platform.attendance import Attendance, RankProcess
+from etr_megatron.platform import rank_liveness
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.platform.rank_liveness import RankLiveness, RankProcess
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, Reported, read_status
 from tests.runs import wait_for
 
@@ -35,9 +35,9 @@ class Job:
     def __init__(self, folder, resume: bool = True, rank: int = 0) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         pid, store, own = self.process.pid, dist.HashStore(), RankProcess.own()
-        places = [own, own._replace(host="elsewhere", pid=pid, begun=attendance._begun(pid))]
-        places = [places[rank], places[1 - rank]]
-        self.own, self.other = (Attendance(store, one, places) for one in (rank, 1 - rank))
+        processes = [own, own._replace(host="elsewhere", pid=pid, start_time=rank_liveness._start_time(pid))]
+        processes = [processes[rank], processes[1 - rank]]
+        self.own, self.other = (RankLiveness(store, one, processes) for one in (rank, 1 - rank))
         self.directory, self.stop = RunDirectory(folder), StopRequest()
         (self.directory.checkpoints / "step_000004").mkdir(parents=True)
         (self.directory.checkpoints / "step_000004" / "trainer.json").touch()
@@ -47,7 +47,7 @@ class Job:
 
     def kill(self) -> None:
         self.process.kill()
-        wait_for(lambda: attendance._begun(self.process.pid) is None)
+        wait_for(lambda: rank_liveness._start_time(self.process.pid) is None)
 
     def run(self, *, error: Exception | None, told: bool, has_begun: bool = True) -> None:
         def train() -> None:
@@ -84,14 +84,14 @@ def test_a_job_that_was_told_to_stop_is_to_be_started_again_whatever_error_comes
 
 
 def test_an_error_that_all_ranks_raise_is_no_other_ranks(job):
-    job.other.leave(f"RuntimeError: {LOST}")
+    job.other.report_failure(f"RuntimeError: {LOST}")
     with pytest.raises(RuntimeError):
         job.run(error=LOST, told=False)
     assert job.status == ("failed", 7, str(LOST))
 
 
 def test_so_is_one_of_which_another_rank_was_told(job):
-    job.other.stop()
+    job.other.mark_stopped()
     with pytest.raises(RequeueError):
         job.run(error=LOST, told=False)
     assert job.status[:2] == ("requeue", 4)
@@ -117,7 +117,7 @@ def test_before_the_first_step_too(job):
     ("how", "what"), [("killed", "ended without a word, as after SIGKILL"), ("failed", "failed: ValueError: no")]
 )
 def test_a_job_that_lost_a_rank_has_failed_and_names_it_its_process_and_host_beside_what_the_library_says(job, how, what, told):
-    job.kill() if how == "killed" else job.other.leave("ValueError: no")
+    job.kill() if how == "killed" else job.other.report_failure("ValueError: no")
     with pytest.raises(RuntimeError) as raised:
         job.run(error=LOST, told=told)
     assert raised.value is LOST
@@ -194,7 +194,7 @@ def test_a_job_that_may_not_resume_is_not_to_be_started_again(job, monkeypatch):
 def test_a_rank_whose_grace_is_over_leaves_a_job_that_is_to_be_started_again(job, monkeypatch, tmp_path, told):
     monkeypatch.setenv(STATUS_VARIABLE, str(tmp_path / "reported"))
     if told:
-        job.own.stop()
+        job.own.mark_stopped()
     assert job.stop._late() == (REQUEUE_EXIT if told else None)
     if told:
         assert job.status[:2] == ("requeue", 4) and "run.stop_grace_s=25" in job.status[2]
@@ -215,7 +215,7 @@ def test_a_rank_whose_others_have_ended_to_be_started_again_does_not_call_them_l
 
 def test_a_job_that_has_ended_is_not_said_to_have_ended_otherwise(job):
     job.run(error=None, told=False)
-    job.own.stop()
+    job.own.mark_stopped()
     assert job.stop._late() is None
     with pytest.raises(RuntimeError), job.ending.before_a_step():
         raise LOST  # as the servers are stopped
