@@ -41,7 +41,7 @@ class Ending:
         self._requeued: RequeueError | None = None
         self._trained: Callable[[], int] | None = None
         self._has_begun: Callable[[], bool] = lambda: False
-        stop.report_to(self._told, self._out_of_time)
+        stop.set_callbacks(self._told, self._out_of_time)
 
     @contextmanager
     def before_a_step(self) -> Iterator[None]:
@@ -110,8 +110,8 @@ class Ending:
 
     def _is_preempted(self) -> bool:
         if self._stop():
-            self._stop.wait_until_reported()
-            if not self._stop.is_own and self._liveness.find_failure() is None:
+            self._stop.wait_for_callback()
+            if not self._stop.received_sigterm and self._liveness.find_failure() is None:
                 self._liveness.mark_stopped()  # a server node received SIGTERM
         return self._can_resume()
 

@@ -184,7 +184,7 @@ def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> Server
     if not (apart := nodes_apart(config)):
         return None
     nodes = stack.enter_context(ServerNodes(apart, config.sglang))
-    stop.heed(nodes.asked_to_stop)
+    stop.add_source(nodes.asked_to_stop)
     return nodes
 
 

@@ -98,7 +98,7 @@ def test_so_is_one_of_which_another_rank_was_told(job):
 
 
 def test_so_is_one_of_which_a_node_without_a_rank_was_told(job):
-    job.stop.heed(lambda: True)
+    job.stop.add_source(lambda: True)
     with pytest.raises(RequeueError):
         job.run(error=LOST, told=False)
     assert job.status[:2] == ("requeue", 4)
@@ -195,7 +195,7 @@ def test_a_rank_whose_grace_is_over_leaves_a_job_that_is_to_be_started_again(job
     monkeypatch.setenv(STATUS_VARIABLE, str(tmp_path / "reported"))
     if told:
         job.own.mark_stopped()
-    assert job.stop._late() == (REQUEUE_EXIT if told else None)
+    assert job.stop._on_timeout() == (REQUEUE_EXIT if told else None)
     if told:
         assert job.status[:2] == ("requeue", 4) and "run.stop_grace_s=25" in job.status[2]
         assert read_status(tmp_path / "reported") == Reported(job.status[2], REQUEUE_EXIT)
@@ -209,14 +209,14 @@ def test_a_rank_whose_others_have_ended_to_be_started_again_does_not_call_them_l
         job.run(error=error, told=False)
     assert raised.value is error and job.status == ("requeue", 7, str(error)) and job.other.is_stopped
     job.kill()
-    job.stop._told()
+    job.stop._on_stop()
     assert job.status[0] == "requeue"
 
 
 def test_a_job_that_has_ended_is_not_said_to_have_ended_otherwise(job):
     job.run(error=None, told=False)
     job.own.mark_stopped()
-    assert job.stop._late() is None
+    assert job.stop._on_timeout() is None
     with pytest.raises(RuntimeError), job.ending.before_a_step():
         raise LOST  # as the servers are stopped
     assert job.status == ("finished", 7, None)
