@@ -92,13 +92,13 @@ class _Workers:
 
 
 def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack) -> None:
-    from etr_megatron.ending import Ending
     from etr_megatron.policy import Policy, configured_layout
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.policy.packed_attention import require_packed_attention
     from etr_megatron.problem_sets import open_sets
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.stops import StopStrings
+    from etr_megatron.termination import RunTermination
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -117,8 +117,8 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
-    ending = Ending(config, directory, RankLiveness.of_job(), stop)
-    stack.enter_context(ending.before_a_step())
+    termination = RunTermination(config, directory, RankLiveness.of_job(), stop)
+    stack.enter_context(termination.during_startup())
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
     engine = None
@@ -146,11 +146,11 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
         stop_request=stop,
         phases=phases,
     )
-    stack.callback(trainer.close)  # after `ending` has noted an error: other ranks may fail because of it
+    stack.callback(trainer.close)  # after `termination` has recorded an error: other ranks may fail because of it
     # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()
-    ending.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
+    termination.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
 
 
 def _join(config: Config, stop: StopRequest) -> Phases:
