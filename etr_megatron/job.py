@@ -30,7 +30,7 @@ from etr_megatron.data import (
 from etr_megatron.environment import EnvironmentPool
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.rank_liveness import RankLiveness
 from etr_megatron.platform.together import together
@@ -105,7 +105,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     stop = StopRequest()
     phases = _join(config, stop)
     # Not before all ranks have joined: SIGTERM ends those that have not, and the others would wait for them until the grace
-    # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting,
+    # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further barrier,
     # so the others cannot stop there with a checkpoint.
     stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
     require_fp8(config.fp8)  # this and the next before spending minutes on server startup
@@ -120,12 +120,12 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     termination = RunTermination(config, directory, RankLiveness.of_job(), stop)
     stack.enter_context(termination.during_startup())
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
-    phases.meet("start of the rollout engine")
+    phases.barrier("start of the rollout engine")
     engine = None
     if config.rollout.replay is None:
         stops = stop_ids, StopStrings(config.rollout.stop_strings, tokenizer.decode)
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stops, directory, stop, nodes)))
-    phases.meet("loading of the model")
+    phases.barrier("loading of the model")
     cursor = _cursor(config, problems)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     dialogues = None
@@ -153,12 +153,13 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     termination.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
 
 
-def _join(config: Config, stop: StopRequest) -> Phases:
+def _join(config: Config, stop: StopRequest) -> PhaseBarriers:
     """Join the job's world; returns when all ranks have. SIGTERM ends a rank that waits here at once."""
     from etr_megatron.policy import init_world
 
     init_world(config.run.phase_timeout_s)
-    return Phases(config.run.phase_timeout_s, must_stop=stop)  # connects all ranks; NCCL would connect them only when used
+    # This connects all ranks; NCCL would connect them only when used.
+    return PhaseBarriers(config.run.phase_timeout_s, must_stop=stop)
 
 
 def _cursor(config: Config, problems: ProblemSet) -> AnyCursor:

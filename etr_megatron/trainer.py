@@ -16,7 +16,7 @@ from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_me
 from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch, profiled
 from etr_megatron.platform.files import path_errors
-from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.platform.phases import PhaseBarriers, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, StepRouting, Update
 from etr_megatron.rollout import (
@@ -44,8 +44,8 @@ MOST_COMEBACKS = 32
 """Most times that servers are brought back to draw the same responses. A prompt that kills servers kills those that it was
 spread over, and at most two more."""
 
-ROLL_CALL_S = 60.0
-"""Seconds for all ranks to meet while none of them is busy."""
+IDLE_BARRIER_TIMEOUT_S = 60.0
+"""Timeout of a barrier while no rank is busy."""
 
 
 class Trainer:
@@ -66,7 +66,7 @@ class Trainer:
         dialogues: Dialogues | None = None,
         recorder: Callable[[int], Recorder] | None,
         stop_request: StopRequest,
-        phases: Phases,
+        phases: PhaseBarriers,
     ) -> None:
         """stop_request: this rank's, inside its `on_sigterm` block. phases: barriers, which check the stop requests."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
@@ -112,7 +112,7 @@ class Trainer:
                 self._save_what_is_trained()
             raise
         except SyncError:
-            if self.trained and self._all_are_left():
+            if self.trained and self._all_ranks_alive():
                 self._save_what_is_trained()
             raise
 
@@ -120,18 +120,18 @@ class Trainer:
         """After `run`, also if it raised: wait for a checkpoint that is being written. Not a collective."""
         self._saver.close()
 
-    def _all_are_left(self) -> bool:
-        """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""
-        self._phases.stop_asking()
+    def _all_ranks_alive(self) -> bool:
+        """Whether all ranks can still save after a failed weight sync, which may have lost a rank or left one hanging."""
+        self._phases.ignore_stop_requests()
         try:
-            self._phases.meet("checkpoint after a failed weight sync", within_s=ROLL_CALL_S)
+            self._phases.barrier("checkpoint after a failed weight sync", within_s=IDLE_BARRIER_TIMEOUT_S)
         except (TimeoutError, ConnectionError) as error:
             logger.warning("training since the last checkpoint is lost: %s", error)
             return False
         return True
 
     def _save_what_is_trained(self) -> None:
-        self._phases.stop_asking()
+        self._phases.ignore_stop_requests()
         if self.step > self.trained:
             self.sampler.put_back(self.step)
         self.step = self.trained
@@ -190,13 +190,13 @@ class Trainer:
                 )
             self.trained = self.step
 
-    def _meet(self, phase: str) -> None:
-        """Meet the other ranks before the phase. Raises, on all ranks, the error of a checkpoint that is being written."""
-        self._phases.meet(phase)
+    def _barrier(self, phase: str) -> None:
+        """Wait for the other ranks before the phase. Raises, on all ranks, the error of a checkpoint that is being written."""
+        self._phases.barrier(phase)
         self._saver.check()
 
     def _roll_out(self) -> Rollouts:
-        self._meet(f"rollout of step {self.step}")
+        self._barrier(f"rollout of step {self.step}")
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _engine_metrics(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ class Trainer:
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Compute the old (and reference) log-probs before the first update, if they are needed, then run the updates."""
         with self._watch.phase("train"):
-            self._meet(f"training of step {self.step}")
+            self._barrier(f"training of step {self.step}")
             if self.engine is not None:
                 self.sampler.cut_off()
                 self.engine.release()
@@ -275,7 +275,7 @@ class Trainer:
         if self.engine is None:
             return
         with self._watch.phase("sync"):
-            self._meet(f"weight sync of step {self.step}")
+            self._barrier(f"weight sync of step {self.step}")
             self.sampler.pause()
             self.policy.offload()
             self.engine.update_weights(self.policy.export(), version=self._version, must_stop=self._stop_request)
@@ -285,7 +285,7 @@ class Trainer:
         """Evaluation metrics under the engine's current weights, on rank 0; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
-        self._meet(f"evaluation after step {self.step}")
+        self._barrier(f"evaluation after step {self.step}")
         sets = evaluate(
             self.engine,
             self._held_out,
@@ -343,7 +343,7 @@ class Trainer:
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:
-        self._meet(f"checkpoint of step {self.step}")
+        self._barrier(f"checkpoint of step {self.step}")
         self._saver.finish()  # its step may be one of the best
         best = self._best_saved() if self._recorder is not None else ()
         self._saver.save(self._directory.checkpoints, self.step, self.policy, self.sampler.state_dict(), best)
@@ -380,7 +380,7 @@ class Trainer:
             if reached is not None and reached.version == self._version:
                 self.sampler.load_state_dict(reached.sampler)
                 self.step = self.trained = reached.step
-        self._phases.meet("resume")
+        self._phases.barrier("resume")
         self.has_begun = True
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)

@@ -100,7 +100,7 @@ def test_a_board_keeps_nothing_of_syncs_that_are_over():
     for version in range(6):
         board.start(version)
         for phase in ("begin", "directory", "written", "end"):
-            board.meet(phase)
+            board.barrier(phase)
         sizes.append(store.num_keys())
     assert sizes == [12, 24, 24, 24, 24, 24]
 
@@ -122,7 +122,7 @@ def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_fail
             self.asked += 1
             assert len(keys) == 1  # however many ranks there are
             if self.asked == 1:
-                boards[0].meet("begin")
+                boards[0].barrier("begin")
                 boards[0].report("OSError: the device fell off")
                 return False
             return store.check(keys)
@@ -131,10 +131,10 @@ def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_fail
             return getattr(store, name)
 
     boards[1]._store = Slow()
-    boards[1].meet("begin")
+    boards[1].barrier("begin")
     assert boards[1]._store.asked > 1
     with pytest.raises(SyncError, match="version 7 did not complete: rank 0 failed: OSError: the device fell off"):
-        boards[1].meet("end")
+        boards[1].barrier("end")
 
 
 class NeverDone:

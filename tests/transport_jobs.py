@@ -253,10 +253,10 @@ def fail_while_it_is_published(directory: str, model: str, source: Placement) ->
     writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=60), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
     writer.sync(1, shards)
-    meet, sync_to_disk = writer.wire.board.meet, disk.sync_to_disk
+    barrier, sync_to_disk = writer.wire.board.barrier, disk.sync_to_disk
 
-    def meet_and_fail(phase: str) -> None:
-        meet(phase)
+    def pass_and_fail(phase: str) -> None:
+        barrier(phase)
         if phase == "written":
             raise OSError("rank 1 has had enough")
 
@@ -265,7 +265,7 @@ def fail_while_it_is_published(directory: str, model: str, source: Placement) ->
         sync_to_disk(path)
 
     if dist.get_rank() == 1:
-        writer.wire.board.meet = meet_and_fail
+        writer.wire.board.barrier = pass_and_fail
     else:
         disk.sync_to_disk = slowly
     try:

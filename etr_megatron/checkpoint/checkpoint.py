@@ -90,14 +90,14 @@ class Unwritten:
                 shutil.rmtree(leftover)
             self.temporary.mkdir(parents=True)
 
-    def write(self, group: dist.ProcessGroup | None = None, meet: Callable[[], None] = lambda: None) -> None:
+    def write(self, group: dist.ProcessGroup | None = None, barrier: Callable[[], None] = lambda: None) -> None:
         """Write all files, then give the folder its name and remove older checkpoints. A collective of `group` (None: all
         ranks), which has all ranks and must be gloo in a thread. Raises the same errors as `save`, on every rank.
 
-        meet: called on every rank after its shards are written or have failed.
+        barrier: called on every rank after its shards are written or have failed.
         """
         with self.errors():
-            self.shards.write(self.temporary, group, meet)
+            self.shards.write(self.temporary, group, barrier)
             together(lambda: self._publish() if dist.get_rank() == 0 else None, group)
 
     def _publish(self) -> None:

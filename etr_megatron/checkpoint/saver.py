@@ -18,7 +18,7 @@ from etr_megatron.checkpoint.checkpoint import Unwritten, prepare, save
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_full_behind, no_room
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -36,18 +36,18 @@ class Saver:
     """All methods but `times` and `close` are collectives.
 
         saver.save(folder, step, policy, state, best)   # returns after the snapshot
-        saver.check()                                   # at every meeting of the run: raises the error of that save
+        saver.check()                                   # at every barrier of the run: raises the error of that save
         saver.finish()                                  # returns when the checkpoint is complete
 
     At most one save is pending. Errors are those of `checkpoint.save`, or TimeoutError and ConnectionError, which name a rank
     that has not written. `check` raises on all ranks if a save has failed on one.
     """
 
-    def __init__(self, config: Config, phases: Phases) -> None:
+    def __init__(self, config: Config, phases: PhaseBarriers) -> None:
         """phases: of the run's main threads."""
         self._keep, self._phases = config.checkpoint.keep, phases
         # A thread cannot share a group with the main thread: they would take each other's messages.
-        self._writers = Phases(config.run.phase_timeout_s) if config.checkpoint.asynchronous else None
+        self._writers = PhaseBarriers(config.run.phase_timeout_s) if config.checkpoint.asynchronous else None
         self._pending: _Pending | None = None
         self._times: dict[str, float] = {}
 
@@ -64,7 +64,7 @@ class Saver:
         """Raise the error of the pending save if it has failed on any rank. Does not wait for it otherwise."""
         if self._pending is None:
             return
-        state = self._phases.highest(self._pending.state)
+        state = self._phases.all_reduce_max(self._pending.state)
         if state == _RUNNING:
             return
         if state == _FAILED and not self._pending.over.wait(OTHERS_S):
@@ -125,15 +125,15 @@ class _Pending:
     The thread is a daemon: it ends with the process, even if a disk hangs.
     """
 
-    def __init__(self, unwritten: Unwritten, writers: Phases) -> None:
+    def __init__(self, unwritten: Unwritten, writers: PhaseBarriers) -> None:
         self.over = threading.Event()
         self._error: BaseException | None = None
         self._begun, self._seconds = time.perf_counter(), 0.0
         what = f"writing of the checkpoint of step {unwritten.step}"
 
-        def meet() -> None:
+        def barrier() -> None:
             try:
-                writers.meet(what)
+                writers.barrier(what)
             except Exception as error:
                 full = disk_full_behind(error)  # of this rank, before it met the others
                 told = type(error)(f"{error}; besides, {unwritten.checkpoints}: {no_room(full)}") if full else error
@@ -142,7 +142,7 @@ class _Pending:
 
         def write() -> None:
             try:
-                unwritten.write(writers.group, meet)
+                unwritten.write(writers.group, barrier)
             except BaseException as error:  # raised by `result`, in the thread that can handle it
                 self._end(error)
             else:

@@ -111,7 +111,7 @@ class Transport:
         try:
             check_shards("source", self.source, self._source_wanted, sources)
             check_shards("destination", self.destination, self._destination_wanted, destinations)
-            board.meet("begin")
+            board.barrier("begin")
             self.complete = None
             destinations = destinations or {}
             self._transfer(version, sources or {}, destinations)
@@ -121,7 +121,7 @@ class Transport:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._memory.free()  # training and servers need the space
-            board.meet("end")
+            board.barrier("end")
         except SyncError as error:
             _let_go(error)
             self.close()

@@ -24,7 +24,7 @@ class SyncError(RuntimeError):
 
 
 class Board:
-    """Messages between `world` ranks on `store`. timeout_s: time limit of a meeting, and of the transfers after it.
+    """Messages between `world` ranks on `store`. timeout_s: time limit of a barrier, and of the transfers after it.
 
     After a SyncError the ranks no longer agree on their phase: the board refuses further use.
     """
@@ -40,7 +40,7 @@ class Board:
         self._broken: str | None = None
 
     def start(self, version: int) -> None:
-        """Start a new sync, which begins with a meeting. Raises SyncError if a sync has failed on this board before."""
+        """Start a new sync, which begins with a barrier. Raises SyncError if a sync has failed on this board before."""
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
@@ -52,7 +52,7 @@ class Board:
     def _key(self, name: str, rank: int | None = None) -> str:
         return f"{self._sync}/{name}" + ("" if rank is None else f"/{rank}")
 
-    def meet(self, phase: str) -> None:
+    def barrier(self, phase: str) -> None:
         """Wait until all ranks reach this phase of the sync. Raises SyncError naming ranks that are missing or failed."""
         self._arrive(phase)
         # The last rank to arrive tells the others: a poll of all ranks' keys would be O(world) for every waiting rank.
@@ -63,7 +63,7 @@ class Board:
         self._await(all_here, self.timeout_s)
 
     def follow_rank0(self, phase: str, timeout_s: float) -> None:
-        """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
+        """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `barrier`.
 
         So time that rank 0 spends alone between two phases does not count against the timeout of the other ranks' transfers.
         """
@@ -81,7 +81,7 @@ class Board:
         pause = _SHORTEST_POLL_S
         # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check([key]):
-            # A rank that failed after this meeting attended it. So all ranks pass, and agree on whether the sync has begun.
+            # A rank that failed after this barrier has reached it. So all ranks pass, and agree on whether the sync has begun.
             late = self.left() <= 0
             if (late or self.has_failed()) and not self._store.check([key]):
                 raise self.fail("")

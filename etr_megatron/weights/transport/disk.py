@@ -119,9 +119,9 @@ class DiskWriter(Transport):
                 self._bring_back()
                 _remove(self.directory.glob(".version_*"))  # left by a killed job
                 unfinished.mkdir(parents=True)
-            self.wire.board.meet("directory")
+            self.wire.board.barrier("directory")
             self._write_files(unfinished, sources)
-            self.wire.board.meet("written")
+            self.wire.board.barrier("written")
             if self.wire.rank == 0:
                 self._publish(version, unfinished, final)
         except BaseException as error:

@@ -52,7 +52,7 @@ class Memory:
 
 
 class Exchange:
-    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`.
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.barrier`.
 
     memory: for buckets; other exchanges may use it before and after a run.
     """

@@ -50,13 +50,13 @@ class Wire:
         self.rank, self.world, self.bytes_sent = rank, world, 0
         self.device = _device_of(backend)
         self.board = Board(dist.PrefixStore("board", store), rank, world, timeout_s)
-        self.board.meet("begin")
+        self.board.barrier("begin")
         self._backend, self._store = backend, store
         self._parts: list[Any] = []
         self._group = self._open("group", rank, world)
         # A rank that gives up right after it has connected would break connections that others are still making. They would
         # report a broken connection instead of the rank and its reason.
-        self.board.meet("connection")
+        self.board.barrier("connection")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
@@ -111,7 +111,7 @@ class Wire:
         group = None
         if self.rank in ranks:
             group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
-        self.board.meet(f"connection of part {len(self._parts)}")
+        self.board.barrier(f"connection of part {len(self._parts)}")
         self._parts.append(group)
         return Part(tuple(ranks), group)
 
