@@ -30,10 +30,10 @@ from etr_megatron.data import (
 from etr_megatron.environment import EnvironmentPool
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.rank_liveness import RankLiveness
-from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
 
@@ -116,7 +116,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
-    together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
+    on_all_ranks(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     termination = RunTermination(config, directory, RankLiveness.of_job(), stop)
     stack.enter_context(termination.during_startup())
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)

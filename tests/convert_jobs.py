@@ -51,7 +51,7 @@ def full_on_rank_1() -> int | None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     try:
-        ranks.together(write)
+        ranks.on_all_ranks(write)
     except OSError as error:
         return error.errno
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_rank
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.platform.files import disk_errors, entries, no_room, sync_to_disk
-from etr_megatron.platform.together import together
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
@@ -98,7 +98,7 @@ class Unwritten:
         """
         with self.errors():
             self.shards.write(self.temporary, group, barrier)
-            together(lambda: self._publish() if dist.get_rank() == 0 else None, group)
+            on_all_ranks(lambda: self._publish() if dist.get_rank() == 0 else None, group)
 
     def _publish(self) -> None:
         for name, data in self.files.items():
@@ -160,7 +160,7 @@ def prepare(
     unwritten = Unwritten(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
     rank0 = dist.get_rank() == 0
     with unwritten.errors():
-        together(lambda: unwritten.make_room() if rank0 else None)
+        on_all_ranks(lambda: unwritten.make_room() if rank0 else None)
         base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
         dist_checkpointing.save(sharded, str(unwritten.temporary), sharded_strategy=shared_among_replicas(unwritten.shards))

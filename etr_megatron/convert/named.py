@@ -21,4 +21,4 @@ def refuse_mistaken(ranks: Ranks, *, hf: Path | None = None, megatron: Path | No
         looks.append(lambda: refuse_no_directory(megatron))
     if out is not None:
         looks.append(lambda: refuse_existing(out))
-    ranks.together(lambda: refuse_all(*looks))
+    ranks.on_all_ranks(lambda: refuse_all(*looks))

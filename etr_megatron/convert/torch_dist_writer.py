@@ -222,7 +222,7 @@ def write_torch_dist(
             )
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
-    ranks.first(lambda: _write_common(path))
+    ranks.on_rank0(lambda: _write_common(path))
 
 
 def _write_common(path: Path) -> None:

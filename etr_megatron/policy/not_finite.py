@@ -13,7 +13,7 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.errors import UserError
 from etr_megatron.objective import LossInputs
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
 
@@ -116,7 +116,7 @@ def refuse_gradients_not_finite(chunks: Sequence[DistributedDataParallel]) -> No
         is_broken = (~torch.isfinite(torch.stack(norms))).any().int()
     dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
     if is_broken.item():
-        together(lambda: _refuse_gradients(chunks))
+        on_all_ranks(lambda: _refuse_gradients(chunks))
         raise RuntimeError("the norm of the weights' gradients is not finite")
 
 

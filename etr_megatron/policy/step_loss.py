@@ -13,7 +13,7 @@ from torch import Tensor
 
 from etr_megatron.config import ObjectiveConfig
 from etr_megatron.objective import DiagnosticSums, LossInputs, LossOutputs, PolicyLoss, diagnostic_sums, read_sums
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import summed
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
@@ -95,7 +95,7 @@ class StepLoss:
         is_broken = any_not_finite(self._watches)
         dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
         if is_broken.item():
-            together(lambda: refuse_not_finite(self._watches))
+            on_all_ranks(lambda: refuse_not_finite(self._watches))
 
     @staticmethod
     def read(outputs: Sequence[tuple[Tensor, DiagnosticSums]]) -> dict[str, float]:
