@@ -14,7 +14,7 @@ from functools import partial
 import torch.distributed as dist
 
 from etr_megatron.convert.ranks import Ranks
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 
 BEAT_S = 5.0
@@ -34,7 +34,7 @@ def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     store = dist.PrefixStore("signs of life", dist.distributed_c10d._get_default_store())
-    with beside(lambda done: _watch(store, ranks.rank, ranks.world, done, give_up), "watch"):
+    with background_thread(lambda done: _watch(store, ranks.rank, ranks.world, done, give_up), "watch"):
         yield
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from etr_megatron import platform
 from etr_megatron.platform.all_ranks import picklable_error
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store, own_connection
 
@@ -148,7 +148,7 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
             store.add("beats", 1)
 
     try:
-        with beside(beat, "signs_of_life"):
+        with background_thread(beat, "signs_of_life"):
             yield
     finally:
         store.set("done", "")
