@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
-from etr_megatron.config import Config, doubts, resolved
+from etr_megatron.config import Config, config_warnings, resolved
 from etr_megatron.data import (
     AnyCursor,
     BlendedCursor,
@@ -173,8 +173,8 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
     """Lock the run directory for this job until `stack` closes. Raises UserError if another job is running there."""
     stack.enter_context(directory.locked())  # before anything there is changed
     directory.prepare(config)
-    for doubt in doubts(config):
-        print(f"warning: {doubt}", file=sys.stderr)
+    for warning in config_warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> ServerNodes | None:

@@ -27,7 +27,7 @@ _COLUMNS = ("data.prompt_column", "data.answer_column", "data.id_column", "rewar
 
 
 @contextmanager
-def beside_inputs() -> Iterator[None]:
+def adding_input_problems() -> Iterator[None]:
     """Extend an InvalidConfigError raised inside the block with the problems of the config's inputs.
 
     Runs only quick checks, so that a user with a misspelled key does not wait until a large model or data set is read. Skips
@@ -37,8 +37,8 @@ def beside_inputs() -> Iterator[None]:
         yield
     except InvalidConfigError as error:
         checks = _quick_checks(error.config)
-        problems = problems_of(check for check, keys in checks if error.doubtful.isdisjoint(keys))
-        raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
+        problems = problems_of(check for check, keys in checks if error.unreliable_keys.isdisjoint(keys))
+        raise error.with_problems([line for problem in problems for line in problem.splitlines()]) from None
 
 
 def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:

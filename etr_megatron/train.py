@@ -19,7 +19,7 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
-from etr_megatron.quick_checks import beside_inputs
+from etr_megatron.quick_checks import adding_input_problems
 from etr_megatron.status import exit_code_of, run_and_leave
 
 
@@ -48,7 +48,7 @@ def _run(argv: list[str]) -> int:
     path, overrides = parse_args(argv)
     if os.environ.get("RANK", "0") == "0":  # one note is enough
         last_of_each(overrides)
-    with beside_inputs():
+    with adding_input_problems():
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
     if meets_servers_in_nccl(config):
@@ -57,7 +57,7 @@ def _run(argv: list[str]) -> int:
     place = place_of(apart, nodes_grouped(config))
     if apart:  # the training world excludes these nodes
         os.environ["WORLD_SIZE"] = str(place.ranks)
-    with beside_inputs():
+    with adding_input_problems():
         config = resolve(config, place.ranks, cuda=platform.uses_cuda())
     if place.apart is not None:
         return _serve(config, place)

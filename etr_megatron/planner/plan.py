@@ -146,7 +146,7 @@ def make_plan(
     try:
         config = resolve(config, cluster.ranks, cuda=True)
     except InvalidConfigError as error:
-        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.origin_of_ranks})") from None
+        raise error.with_head(f"invalid configuration on {cluster.ranks} ranks ({cluster.origin_of_ranks})") from None
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
     work = workload_of(config, cluster, prompt, response)

@@ -95,7 +95,7 @@ def data(config: Config) -> Iterator[Violation]:
 
 
 def observation(config: Config) -> Iterator[Violation]:
-    """Doubts: best checkpoints that would not be saved, and a profile that would not be made."""
+    """Warnings: best checkpoints that would not be saved, and a profile that would not be made."""
     every, evaluated = config.checkpoint.every, config.eval.every
     if config.checkpoint.keep_best > 0 and evaluated and (not every or every % evaluated):
         yield Violation(
