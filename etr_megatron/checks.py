@@ -33,7 +33,7 @@ from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import refuse_all
 from etr_megatron.platform.world import number_apart
 from etr_megatron.served import check_served
-from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
+from etr_megatron.types import MAX_REPLAYED_EXPERTS, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
@@ -264,10 +264,10 @@ def check_routing(model: str, experts: Experts, config: Config) -> None:
         check_fields_without_dense_layers(model, config)
     if not experts.shared_size:
         check_fields_without_shared_expert(model, config)
-    if config.train.routing_replay and experts.count > MOST_REPLAYED:
+    if config.train.routing_replay and experts.count > MAX_REPLAYED_EXPERTS:
         raise UserError(
-            f"{model} has {experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay supports; set it to "
-            "false"
+            f"{model} has {experts.count} experts, more than the {MAX_REPLAYED_EXPERTS} that train.routing_replay "
+            "supports; set it to false"
         )
     if config.train.moe_aux_loss_coef and experts.expert_bias:
         # Megatron computes this loss from the experts that would be chosen without the biases.

@@ -20,7 +20,7 @@ from etr_megatron.config import EVALUATED, Config, InvalidConfigError, Source, s
 from etr_megatron.observe import require_wandb
 from etr_megatron.platform.files import problems_of
 
-_MOST_BYTES = 16 * 2**20
+_MAX_FILE_BYTES = 16 * 2**20
 """Largest data file whose rows are checked; it takes about a second."""
 
 _COLUMNS = ("data.prompt_column", "data.answer_column", "data.id_column", "reward.columns")
@@ -69,5 +69,5 @@ def _check_model_files(config: Config) -> None:
 def _check_file(source: Source, config: Config, *, exists: bool) -> None:
     """Check a data file that does not exist, or the rows of one that does and is small."""
     path = Path(source.location)
-    if path.exists() == exists and not (exists and path.stat().st_size > _MOST_BYTES):
+    if path.exists() == exists and not (exists and path.stat().st_size > _MAX_FILE_BYTES):
         check_source(source, config)

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MOST_COMEBACKS = 32
-"""Most times that servers are brought back to draw the same responses. A prompt that kills servers kills those that it was
+MAX_SERVER_RESTARTS = 32
+"""Maximum restarts of servers to generate the same responses. A prompt that kills servers kills those that it was
 spread over, and at most two more."""
 
 IDLE_BARRIER_TIMEOUT_S = 60.0
@@ -206,19 +206,20 @@ class Trainer:
     def _with_servers(self, draw: Callable[[], T]) -> T:
         """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again.
 
-        Raises EngineGoneError if `draw` still fails after servers were brought back `MOST_COMEBACKS` times.
+        Raises EngineGoneError if `draw` still fails after servers were brought back `MAX_SERVER_RESTARTS` times.
         """
-        comebacks = 0
+        restarts = 0
         while True:
             try:
                 return draw()
             except NeedsSyncError as error:
-                if comebacks == MOST_COMEBACKS:
+                if restarts == MAX_SERVER_RESTARTS:
                     raise EngineGoneError(
-                        f"{error}; servers were brought back {MOST_COMEBACKS} times for the same responses and died again each "
-                        "time: see their logs in servers/ of the run's directory, and the problems in suspicions.json there"
+                        f"{error}; servers were brought back {MAX_SERVER_RESTARTS} times for the same responses and died again "
+                        "each time: see their logs in servers/ of the run's directory, and the problems in suspicions.json "
+                        "there"
                     ) from error
-                comebacks += 1
+                restarts += 1
                 if self._recorder is not None:
                     logger.warning("%s", error)
                 self._sync()

@@ -31,7 +31,7 @@ def further_keys(message: Mapping[str, Any]) -> list[str]:
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
 """A model directory with a tokenizer has at least one of these."""
 
-MOST_REPLAYED = 256
+MAX_REPLAYED_EXPERTS = 256
 """Maximum number of experts in `Sample.routing`, which stores one byte per choice to save memory."""
 
 

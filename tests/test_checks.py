@@ -337,7 +337,7 @@ def test_rows_and_the_models_description_are_checked_beside_a_wrong_config(
     assert told.startswith("data.train: rows.jsonl:2 of")
     (told,) = told_beside(tmp_path, *data, "data.answer_colum=reply")
     assert told.startswith("data.answer_colum (command line): unknown key")
-    monkeypatch.setattr(quick_checks, "_MOST_BYTES", 10)
+    monkeypatch.setattr(quick_checks, "_MAX_FILE_BYTES", 10)
     assert told_beside(tmp_path, *data) == []
     untokenized = tmp_path / "model"
     untokenized.mkdir()

@@ -28,7 +28,7 @@ from etr_megatron.policy import routing as policy_routing
 from etr_megatron.policy.packing import pack
 from etr_megatron.policy.routing import RoutingReplay
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample, TokenSequence
+from etr_megatron.types import MAX_REPLAYED_EXPERTS, Group, Problem, Sample, TokenSequence
 from etr_megatron.weights import Experts, read_architecture
 from tests import test_policy_gradients
 from tests.batches import batch_of, metrics_row
@@ -251,7 +251,7 @@ def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
 
 
 def test_all_that_a_byte_can_say_are_experts_of_a_model_that_has_so_many():
-    experts = Experts(count=MOST_REPLAYED, per_token=2, intermediate_size=1, normalized=True)
+    experts = Experts(count=MAX_REPLAYED_EXPERTS, per_token=2, intermediate_size=1, normalized=True)
     (found,) = routing_of(told_by(0, 255, 128, 1), experts, layers=1)
     assert found.tolist() == [[[0, 255]], [[128, 1]]]
 

@@ -47,7 +47,7 @@ def test_a_send_queue_has_one_bucket_under_way_while_the_next_is_gathered():
 def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypatch):
     """For `sharded`."""
     events: list[str] = []
-    monkeypatch.setattr(exchange, "SMALLEST_BUCKET", 1 << 10)
+    monkeypatch.setattr(exchange, "MIN_BUCKET_BYTES", 1 << 10)
     monkeypatch.setattr(exchange, "pack", lambda *_: events.append("pack"))
     staged = SimpleNamespace(nbytes=0, messages=lambda flat: [flat])
     monkeypatch.setattr(exchange, "stage", lambda *_, **__: staged)

@@ -85,7 +85,7 @@ def test_fp8_is_quantised_from_whole_tensors_even_where_the_source_cuts_blocks(g
 
 def bytes_of_buffers(source: TrainingLayout, limit: int, monkeypatch) -> int:
     """Bytes of the buffers that rank 0 fills in a sync. Nothing travels."""
-    monkeypatch.setattr("etr_megatron.weights.transport.exchange.SMALLEST_BUCKET", 1)
+    monkeypatch.setattr("etr_megatron.weights.transport.exchange.MIN_BUCKET_BYTES", 1)
     monkeypatch.setattr("etr_megatron.weights.transport.buckets.ALONE_BYTES", 1)  # no small tensors, which are always copied
     arch, meta = ARCHITECTURES["llama"], torch.device("meta")
     wire = SimpleNamespace(rank=0, device=meta, exchange=lambda *_: [], wait=lambda _: None)

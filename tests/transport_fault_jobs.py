@@ -75,12 +75,12 @@ def midway(
     servers: 0 for a writer to disk and for whole tensors. The fault strikes where a source reads its shard, or where a
     destination writes it.
     """
-    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
-    buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000  # many rounds of a small model
+    bounds = (buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES)
+    buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = 3000, 9000  # many rounds of a small model
     try:
         return _midway(kind, model, tp, servers, culprit, fault, directory, timeout_s)
     finally:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = bounds
         disk.save_file = save_file
 
 

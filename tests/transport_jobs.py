@@ -73,13 +73,13 @@ def sharded(
 
     tiny_messages: such small buckets and messages that a small model is sent like a large one.
     """
-    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
+    bounds = (buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES)
     if tiny_messages:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = 3000, 9000
     try:
         return _sharded(model, source, destination, dtype, 1 if tiny_messages else bucket_bytes, syncs, options)
     finally:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = bounds
 
 
 def _sharded(

@@ -23,7 +23,7 @@ from etr_megatron.policy import Policy
 
 logger = logging.getLogger(__name__)
 
-LEAST_CLOSE_S = 60.0
+MIN_CLOSE_S = 60.0
 """Seconds that a save may take at least after the run has failed."""
 
 OTHERS_S = 10.0
@@ -89,11 +89,11 @@ class Saver:
 
     def close(self) -> None:
         """Wait for the pending save after an error that ends the run. As another rank may be lost, wait at most as long again
-        as the save has taken, or `LEAST_CLOSE_S`. Its own error is only logged."""
+        as the save has taken, or `MIN_CLOSE_S`. Its own error is only logged."""
         if self._pending is None:
             return
         try:
-            if not self._pending.over.wait(max(LEAST_CLOSE_S, self._pending.age)):
+            if not self._pending.over.wait(max(MIN_CLOSE_S, self._pending.age)):
                 raise TimeoutError("not all ranks have written it in time")
             self._end_of_pending()
         except Exception as error:

@@ -14,7 +14,7 @@ from etr_megatron.platform.files import path_errors
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = datetime.timedelta(days=2)
+_COLLECTIVE_TIMEOUT = datetime.timedelta(days=2)
 """Timeout of collectives. Ranks wait for each other's share of a conversion. A rank that dies is noticed at once, as its
 connections close; a rank that hangs is noticed by `watch`."""
 
@@ -24,11 +24,11 @@ class Ranks:
 
     def __init__(self) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
+            dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         # For one process None. The world's own group may use NCCL, and may have a short timeout.
-        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT) if self.world > 1 else None
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
         """As `all_ranks.on_all_ranks`, with `path_errors`; not a collective with one process."""

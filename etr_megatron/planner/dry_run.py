@@ -29,7 +29,7 @@ from etr_megatron.status import code_of_printing
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
-_MOST_GPUS = 1024
+_MAX_GPUS = 1024
 
 
 def dry_run(argv: Sequence[str]) -> int:
@@ -89,7 +89,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
     if low_rank := LowRank.of(config.lora):
         low_rank.refuse_missing_targets(arch)
     reason = ""
-    for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
+    for gpus in (2**power for power in range(_MAX_GPUS.bit_length())):
         try:
             plan = make_plan(config, gpus, **options)
         except UserError as error:
@@ -99,7 +99,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
             return plan
         reason = misfit(plan)
     raise UserError(
-        f"the config fits on no power of 2 up to {_MOST_GPUS} GPUs; give a number with --gpus; on {_MOST_GPUS}: {reason}"
+        f"the config fits on no power of 2 up to {_MAX_GPUS} GPUs; give a number with --gpus; on {_MAX_GPUS}: {reason}"
     )
 
 

@@ -22,7 +22,7 @@ LOOK_S = 0.2
 """Seconds between checks, on a rank that was asked to stop, whether another rank has given up the run."""
 
 _CALLBACK_S = 10.0
-"""Most seconds that `wait_for_callback` waits."""
+"""Maximum wait of `wait_for_callback`."""
 
 
 class StopRequest:

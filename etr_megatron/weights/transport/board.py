@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-_SHORTEST_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
+_MIN_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
 """Poll intervals of a waiting rank: shortest, longest, growth factor. It notices a change at most 1/5 of its wait late."""
 
 _GRACE_S = 3.0
@@ -78,7 +78,7 @@ class Board:
 
     def _await(self, key: str, timeout_s: float) -> None:
         self._patience, self._deadline = timeout_s, time.monotonic() + timeout_s
-        pause = _SHORTEST_POLL_S
+        pause = _MIN_POLL_S
         # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check([key]):
             # A rank that failed after this barrier has reached it. So all ranks pass, and agree on whether the sync has begun.

@@ -18,7 +18,7 @@ from etr_megatron.weights.plan import Plan
 from etr_megatron.weights.transport.buckets import Bucket, Shards, Staged, buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.wire import Message, Wire
 
-SMALLEST_BUCKET = 1 << 20
+MIN_BUCKET_BYTES = 1 << 20
 """Minimum of the size limit of a pair's buckets, however many pairs there are."""
 
 _Part = tuple[int, Staged, Tensor]
@@ -77,7 +77,7 @@ class Exchange:
         for source, destination in remote:
             if source != self.source and destination != self.destination:
                 continue
-            limit = max(SMALLEST_BUCKET, bucket_bytes // max(sources[destination], destinations[source]))
+            limit = max(MIN_BUCKET_BYTES, bucket_bytes // max(sources[destination], destinations[source]))
             buckets = buckets_of(plan, plan.pairs[source, destination], self.dtype, limit)
             if source == self.source:
                 outgoing[plan.destination_start + destination] = buckets
