@@ -52,13 +52,13 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
-    from etr_megatron.reward.math_reward import UnusableReferenceError, judge
+    from etr_megatron.reward.math_reward import UnusableReferenceError, verify_answer
 
     try:
-        verdict = judge(request.response, request.answer, config)
+        comparison = verify_answer(request.response, request.answer, config)
     except UnusableReferenceError as error:
         return Grade(config.range_min, "error", str(error))
-    return Grade(config.range_max if verdict.correct else config.range_min, "ok", verdict.detail)
+    return Grade(config.range_max if comparison.correct else config.range_min, "ok", comparison.detail)
 
 
 def _grade_of(value: Any, config: RewardConfig) -> Grade:
