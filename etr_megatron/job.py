@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
-from etr_megatron.checks import nodes_apart
+from etr_megatron.checks import dedicated_nodes
 from etr_megatron.config import Config, config_warnings, resolved
 from etr_megatron.data import (
     AnyCursor,
@@ -182,9 +182,9 @@ def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> Server
     job."""
     from etr_megatron.rollout.sglang import ServerNodes
 
-    if not (apart := nodes_apart(config)):
+    if not (dedicated := dedicated_nodes(config)):
         return None
-    nodes = stack.enter_context(ServerNodes(apart, config.sglang))
+    nodes = stack.enter_context(ServerNodes(dedicated, config.sglang))
     stop.add_source(nodes.asked_to_stop)
     return nodes
 

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import check_inputs, nodes_apart, nodes_grouped, starts_servers
+from etr_megatron.checks import check_inputs, dedicated_nodes, nodes_per_server, starts_servers
 from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, last_of_each, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.platform.world import place_of
+from etr_megatron.platform.world import node_role
 from etr_megatron.quick_checks import adding_input_problems
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
 
@@ -61,7 +61,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     with adding_input_problems():
         config = load_config(config_path, overrides)
     # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.
-    place_of(nodes_apart(config), nodes_grouped(config))
+    node_role(dedicated_nodes(config), nodes_per_server(config))
 
     import torch  # slow, so only after the config is known to be valid
 

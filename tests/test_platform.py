@@ -218,14 +218,14 @@ def test_a_ranks_memory_grows_in_segments_that_can_be_merged_unless_told_otherwi
         (["rollout.backend=embedded"], None, None),
     ],
 )
-def test_a_rank_that_meets_servers_in_nccl_connects_to_them_and_outlives_them(monkeypatch, name, overrides, given, wanted):
+def test_a_rank_that_syncs_over_process_groups_outlives_servers(monkeypatch, name, overrides, given, wanted):
     for one in ("NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
         monkeypatch.setenv(one, "")  # is set as well
         monkeypatch.delenv(one)
     if given is not None:
         monkeypatch.setenv(name, given)
     monkeypatch.setenv("ETR_PLATFORM", "cpu")  # is set as well
-    monkeypatch.setattr(train, "place_of", mock.Mock(side_effect=UserError("far enough")))
+    monkeypatch.setattr(train, "node_role", mock.Mock(side_effect=UserError("far enough")))
     with pytest.raises(UserError, match="far enough"):
         train._run(["rollout.backend=sglang", *overrides])
     assert os.environ.get(name) == wanted
