@@ -147,7 +147,7 @@ class NeverDone:
 def test_an_nccl_message_ends_when_another_rank_has_given_up():
     store = HashStore()
     wire = Wire.__new__(Wire)
-    wire._backend, wire.board, wire._group, wire._parts = "nccl", Board(store, 0, 3, timeout_s=60), None, []
+    wire._backend, wire.board, wire._group, wire._subgroups = "nccl", Board(store, 0, 3, timeout_s=60), None, []
     other = Board(store, 2, 3, timeout_s=60)
     other.report("OSError: the device fell off")
     start = time.monotonic()
@@ -179,7 +179,7 @@ def test_the_first_nccl_message_to_a_rank_that_hangs_ends_at_the_deadline_and_na
     for board in boards:
         board.start(7)
     wire = Wire.__new__(Wire)
-    wire._backend, wire.board, wire._group, wire._parts, wire.bytes_sent = "nccl", boards[0], group, [], 0
+    wire._backend, wire.board, wire._group, wire._subgroups, wire.bytes_sent = "nccl", boards[0], group, [], 0
     wire.device = torch.device("cpu")
     boards[2]._arrive("end")
     start = time.monotonic()

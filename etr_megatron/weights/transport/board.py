@@ -82,14 +82,14 @@ class Board:
         # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check([key]):
             # A rank that failed after this barrier has reached it. So all ranks pass, and agree on whether the sync has begun.
-            late = self.left() <= 0
+            late = self.seconds_left() <= 0
             if (late or self.has_failed()) and not self._store.check([key]):
                 raise self.fail("")
             time.sleep(pause)
             pause = min(_POLL_GROWTH * pause, _POLL_S)
         self._patience, self._deadline, self._phase = self.timeout_s, time.monotonic() + self.timeout_s, "end"
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()
 

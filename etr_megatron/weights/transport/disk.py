@@ -29,7 +29,7 @@ from etr_megatron.weights.safetensors_dir import INDEX
 from etr_megatron.weights.transport.base import Transport
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import Shards
-from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.whole import Gather, weight_groups
 from etr_megatron.weights.transport.wire import Wire
 
 VERSION_FILE = "version.json"
@@ -87,7 +87,7 @@ class DiskWriter(Transport):
         mine: dict[int, list[Weight]] = {rank: [] for rank in range(source.world)}
         for weight in weights_of(arch):
             mine[owners[weight.megatron]].append(weight)
-        files = {rank: groups_of(some, dtype, fp8_block, file_bytes) for rank, some in mine.items()}
+        files = {rank: weight_groups(some, dtype, fp8_block, file_bytes) for rank, some in mine.items()}
         self._own = files[wire.rank]
         self._index = {
             "metadata": {"total_size": sum(group.nbytes for groups in files.values() for group in groups)},

@@ -90,7 +90,7 @@ class Exchange:
         rounds = max((len(buckets) for buckets in (*self._outgoing.values(), *self._incoming.values())), default=0)
         sends, receives = self._pack(0, sources), self._stage(0, destinations, sending=False)
         works = self._post(sends, receives)
-        self._copy_what_is_here(sources, destinations)
+        self._copy_local(sources, destinations)
         for number in range(rounds):
             sends = self._pack(number + 1, sources)
             self.wire.wait(works)
@@ -122,7 +122,7 @@ class Exchange:
 
         return self.wire.exchange(messages(sends), messages(receives))
 
-    def _copy_what_is_here(self, sources: Shards, destinations: Shards) -> None:
+    def _copy_local(self, sources: Shards, destinations: Shards) -> None:
         """Copy the transfers within this process."""
         source, destination = self.source, self.destination
         if source is None or destination is None or not self.plan.is_local(source, destination):

@@ -21,7 +21,7 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 class Field(NamedTuple):
-    """A tensor in a flat bucket. name: the HF tensor's or, in `Group.shards`, the weight's name (scales: + SCALE_SUFFIX)."""
+    """A tensor in a flat bucket. name: the HF tensor's or, in `WeightGroup.shards`, the weight's (scales: + SCALE_SUFFIX)."""
 
     name: str
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class Field(NamedTuple):
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class Group:
+class WeightGroup:
     """Weights whose full tensors form one flat bucket of `nbytes`; tensors with larger elements come first.
 
     shards: per weight, its HF tensors stacked (`whole_shard`). tensors: the HF tensors one by one, at the same bytes; the
@@ -83,7 +83,7 @@ class Group:
                 fields[name + SCALE_SUFFIX].view(flat).copy_(scales)
 
 
-def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
+def weight_groups(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[WeightGroup]:
     """Weights in order, in groups of at most `limit` bytes, or of one larger weight. Weights that share a parameter of the
     server stay together, at the position of the first: a server fuses the parts in one request, and drops single ones."""
     units: dict[str, list[Weight]] = {}
@@ -92,13 +92,13 @@ def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | No
     groups: list[list[Weight]] = []
     space = 0
     for unit in units.values():
-        nbytes = Group(unit, dtype, fp8_block).nbytes
+        nbytes = WeightGroup(unit, dtype, fp8_block).nbytes
         if not groups or nbytes > space:
             groups.append([])
             space = limit
         groups[-1] += unit
         space -= nbytes
-    return [Group(some, dtype, fp8_block) for some in groups]
+    return [WeightGroup(some, dtype, fp8_block) for some in groups]
 
 
 class Gather:
@@ -113,7 +113,7 @@ class Gather:
         source: Placement,
         arch: Architecture,
         owner: Callable[[Weight], int],
-        groups: Sequence[Sequence[Group]],
+        groups: Sequence[Sequence[WeightGroup]],
         wire: Wire,
         memory: Memory,
         *,
@@ -126,7 +126,7 @@ class Gather:
         self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
         self._dtype = dtype
 
-    def run(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
+    def run(self, number: int, sources: Shards, own: tuple[WeightGroup, Tensor] | None) -> None:
         """Gather; own: on an owner, its group and the flat bucket (uint8) to put it into."""
         if own is None:
             self._exchanges[number].run(sources, {})
