@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, Placement, make_plan, weights_of
+from etr_megatron.weights import Architecture, Placement, make_reshard_plan, weights_of
 from etr_megatron.weights.layout import WholeLayout
 from etr_megatron.weights.transport import Shards, Transport, Wire
 from etr_megatron.weights.transport.buckets import destination_box, source_box
@@ -25,7 +25,7 @@ class BroadcastTransport(Transport):
     ) -> None:
         super().__init__(wire, arch, source, destination, start)
         self._groups = weight_groups(weights_of(arch), dtype, None, BUCKET_BYTES)
-        cut = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
+        cut = make_reshard_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
         self._cuts = cut.split([[weight.megatron for weight in group.weights] for group in self._groups])
         self._gather = None
         if self.source is not None:

@@ -19,7 +19,7 @@ from etr_megatron.weights.transport import SyncError, Wire
 from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import Offer
 from tests.ports import reserved_port
-from tests.test_plan import architecture
+from tests.test_reshard_plan import architecture
 
 
 @pytest.mark.slow

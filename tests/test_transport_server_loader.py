@@ -18,7 +18,7 @@ from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport import server_loader
 from tests.hf_models import write_model
-from tests.test_plan import architecture
+from tests.test_reshard_plan import architecture
 
 
 def rows(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
+from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Wire, buckets, disk, exchange, server_loader
 from etr_megatron.weights.transport.server_loader import Offer
 from tests.hang import Hang
@@ -33,7 +33,7 @@ def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype 
     return found
 
 
-def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def empty_shards(plan: ReshardPlan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Destination shards filled with a value that no weight has, so that unwritten elements show."""
     found = {}
     for weight, shard in shards_of(plan.destination, plan.arch, rank):
@@ -46,7 +46,7 @@ def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]
     return found
 
 
-def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+def in_roles(plan: ReshardPlan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     """(source shards, empty destination shards) of this rank, None if it does not have the role."""
     rank = dist.get_rank()
     place = rank - plan.destination_start
@@ -54,8 +54,8 @@ def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tens
     return sources, empty_shards(plan, place, dtype) if 0 <= place < plan.destination.world else None
 
 
-def plan_for(model: str, source: Placement, destination: Placement, dtype: torch.dtype, **options: Any) -> Plan:
-    return make_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
+def plan_for(model: str, source: Placement, destination: Placement, dtype: torch.dtype, **options: Any) -> ReshardPlan:
+    return make_reshard_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
 
 
 def sharded(
@@ -119,7 +119,7 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
 class ToyServer:
     """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
-    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, plan: ReshardPlan, rank: int, dtype: torch.dtype) -> None:
         found: dict[str, list[Tensor]] = {}
         by_name = {weight.megatron: weight for weight, _ in shards_of(plan.destination, plan.arch, rank)}
         for name, tensor in empty_shards(plan, rank, dtype).items():

@@ -36,13 +36,13 @@ from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import drop_weight_copies, require_fp8, token_multiple
 from etr_megatron.policy.megatron_fields import complaints_about
 from etr_megatron.policy.megatron_weights import load_weights
+from etr_megatron.policy.microbatch_plan import plan_microbatches
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import configured_transformer
 from etr_megatron.policy.not_finite import refuse_gradients_not_finite
 from etr_megatron.policy.optimizer import build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
-from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.routing import RoutingReplay, StepRouting, routers
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.policy.step_loss import StepLoss

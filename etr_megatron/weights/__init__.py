@@ -16,8 +16,8 @@ from etr_megatron.weights.hf_boxes import HfBoxes
 from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
-from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.run_checkpoint import holds_adapters, refuse_adapters
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
@@ -48,7 +48,7 @@ __all__ = [
     "holds_adapters",
     "is_torch_dist",
     "join_shards",
-    "make_plan",
+    "make_reshard_plan",
     "megatron_shard",
     "open_checkpoint",
     "padded_vocab_size",

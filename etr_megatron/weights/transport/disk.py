@@ -63,7 +63,7 @@ class DiskWriter(Transport):
 
     directory: on a file system that these ranks and the readers share. run: identifies this run's versions; versions that
     another run left in the directory are removed. file_bytes: bound of a file (or the largest weight); a rank has two files in
-    memory. The other arguments are those of `ShardedTransport` and `make_plan`.
+    memory. The other arguments are those of `ShardedTransport` and `make_reshard_plan`.
 
     Rank 0 publishes a version. A sync that fails before all ranks have written leaves no version behind. A sync that fails
     while the other ranks wait for rank 0's answer raises on them, although the complete version may exist.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.weights.plan import Plan
+from etr_megatron.weights.reshard import ReshardPlan
 from etr_megatron.weights.transport.buckets import Bucket, Shards, Staged, buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.wire import Message, Wire
 
@@ -57,7 +57,7 @@ class Exchange:
     memory: for buckets; other exchanges may use it before and after a run.
     """
 
-    def __init__(self, plan: Plan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
+    def __init__(self, plan: ReshardPlan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
         self.wire, self.dtype = wire, dtype
         self.source = wire.rank if wire.rank < plan.source.world else None
         place = wire.rank - plan.destination_start
@@ -68,7 +68,7 @@ class Exchange:
         own = {pair: some for pair, some in plan.pairs.items() if pair[0] == self.source or pair[1] == self.destination}
         self.plan = replace(plan, pairs=own)
 
-    def _own_buckets(self, plan: Plan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
+    def _own_buckets(self, plan: ReshardPlan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
         """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
         sources = Counter(destination for _, destination in remote)

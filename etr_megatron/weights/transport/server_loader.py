@@ -31,8 +31,8 @@ from etr_megatron.weights.latent import LatentAttention
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import Weight
-from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX
+from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
 from etr_megatron.weights.transport.base import expected_shards
 from etr_megatron.weights.transport.board import Board, SyncError
 from etr_megatron.weights.transport.sharded import ShardedTransport
@@ -60,8 +60,8 @@ def refusal_key(rank: int) -> str:
 class Offer:
     """Everything that a worker needs for a sync. address, port: of the store in the training ranks' process 0.
 
-    rank: the worker's rank in the destination. The other fields are arguments of `make_plan`, `Wire` and `ShardedTransport`;
-    they must be the same on the training ranks and all workers.
+    rank: the worker's rank in the destination. The other fields are arguments of `make_reshard_plan`, `Wire` and
+    `ShardedTransport`; they must be the same on the training ranks and all workers.
     """
 
     version: int
@@ -111,10 +111,10 @@ class Offer:
         """The worker's process: the training ranks come first."""
         return self.source.world + self.rank
 
-    def plan(self) -> Plan:
+    def plan(self) -> ReshardPlan:
         """The plan of the sync."""
         itemsize = getattr(torch, self.dtype).itemsize
-        return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
+        return make_reshard_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
 
     def store(self) -> dist.TCPStore:
         """A worker's connection to the store. Raises SyncError if there is none."""

@@ -13,8 +13,8 @@ from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.layout import Placement, WholeLayout
 from etr_megatron.weights.map import Weight
-from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.exchange import Exchange, Memory
 from etr_megatron.weights.transport.wire import Wire
@@ -121,7 +121,7 @@ class Gather:
         bucket_bytes: int,
     ) -> None:
         layout = WholeLayout(source.world, owner)
-        plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
+        plan = make_reshard_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
         parts = plan.split([[weight.megatron for group in together for weight in group.weights] for together in groups])
         self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
         self._dtype = dtype

@@ -1,11 +1,11 @@
 """Plans which rank sends which part of a weight to which rank, from two layouts. Pure arithmetic, the same on every rank.
 
-plan = make_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
+plan = make_reshard_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
 for transfer in plan.pairs[(source_rank, destination_rank)]: ...
 
 The boxes of an HF tensor that a destination needs are intersected with the boxes that every source holds. This is computed once
 for all weights that are cut alike, and reused for every layer. Boxes that are adjacent on both sides are merged. Replicas share
-the work, see `make_plan`.
+the work, see `make_reshard_plan`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Transfer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReshardPlan:
     """All transfers of a sync.
 
     pairs: (source rank, destination rank) -> transfers, in the model's order. Source rank r is process r, destination rank r is
@@ -73,7 +73,7 @@ class Plan:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
         return _box_bytes(transfer.size, 4 if transfer.weight.fp32 else itemsize, self.block_of(transfer.weight))
 
-    def split(self, parts: Sequence[Collection[str]]) -> list[Plan]:
+    def split(self, parts: Sequence[Collection[str]]) -> list[ReshardPlan]:
         """The transfers of each part's weights (`Weight.megatron`); a weight is in at most one part."""
         part_of = {name: number for number, names in enumerate(parts) for name in names}
         found: list[dict[tuple[int, int], list[Transfer]]] = [defaultdict(list) for _ in parts]
@@ -113,7 +113,7 @@ class _Box:
 class _Job(NamedTuple):
     """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there).
 
-    number: position of the weight in the model's order. block: see `Plan.block_of`.
+    number: position of the weight in the model's order. block: see `ReshardPlan.block_of`.
     """
 
     number: int
@@ -229,7 +229,7 @@ def _parts(size: Index, box_bytes: int, limit: float, ranks: int, step: int) -> 
         yield row, min(per_part, rows - row)
 
 
-def make_plan(
+def make_reshard_plan(
     source: Placement,
     destination: Placement,
     arch: Architecture,
@@ -237,7 +237,7 @@ def make_plan(
     destination_start: int | None = None,
     itemsize: int = 2,
     fp8_block: int | None = None,
-) -> Plan:
+) -> ReshardPlan:
     """Plan the transfer of all weights of `arch` between two layouts.
 
     destination_start: process of the destination's rank 0; default is the one after the source's ranks. With 0 the destination
@@ -267,7 +267,7 @@ def _no_collection() -> Iterator[None]:
 
 def _plan(
     source: Placement, destination: Placement, arch: Architecture, start: int, itemsize: int, fp8_block: int | None
-) -> Plan:
+) -> ReshardPlan:
     assignment = _Assignment(source.world, itemsize)
     shared: dict[tuple[int, ...], list[_Job]] = defaultdict(list)
     for job in _jobs(source, destination, arch, fp8_block):
@@ -281,4 +281,4 @@ def _plan(
         pair: tuple(transfer for _, transfer in sorted(found, key=lambda one: (one[0], one[1].destination_at)))
         for pair, found in sorted(assignment.pairs.items())
     }
-    return Plan(source, destination, arch, start, fp8_block, pairs)
+    return ReshardPlan(source, destination, arch, start, fp8_block, pairs)
