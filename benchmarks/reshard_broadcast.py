@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, Placement, make_reshard_plan, weights_of
-from etr_megatron.weights.layout import WholeLayout
+from etr_megatron.weights import Architecture, WeightLayout, make_reshard_plan, weights_of
+from etr_megatron.weights.layout import UnshardedLayout
 from etr_megatron.weights.transport import Shards, Transport, Wire
 from etr_megatron.weights.transport.buckets import destination_box, source_box
 from etr_megatron.weights.transport.whole import Gather, weight_groups
@@ -21,11 +21,11 @@ class BroadcastTransport(Transport):
     """start: the process of the destination's first rank."""
 
     def __init__(
-        self, source: Placement, destination: Placement, arch: Architecture, wire: Wire, start: int, dtype: torch.dtype
+        self, source: WeightLayout, destination: WeightLayout, arch: Architecture, wire: Wire, start: int, dtype: torch.dtype
     ) -> None:
         super().__init__(wire, arch, source, destination, start)
         self._groups = weight_groups(weights_of(arch), dtype, None, BUCKET_BYTES)
-        cut = make_reshard_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
+        cut = make_reshard_plan(UnshardedLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
         self._cuts = cut.split([[weight.megatron for weight in group.weights] for group in self._groups])
         self._gather = None
         if self.source is not None:

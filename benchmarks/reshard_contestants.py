@@ -59,7 +59,7 @@ class GatherBroadcast:
         self._sources, self._destinations, self._dtype, self._rank = sources, destinations, dtype, rank
         # One replica of each shard is enough.
         self._steps = [
-            (weight, [(holding.shard, holding.ranks[0]) for holding in case.source.holdings(weight, arch)])
+            (weight, [(placed.shard, placed.ranks[0]) for placed in case.source.placed_shards(weight, arch)])
             for weight in weights_of(arch)
         ]
         place = rank - case.start

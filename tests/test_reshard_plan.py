@@ -22,7 +22,7 @@ from etr_megatron.weights import (
     server_shard,
     weights_of,
 )
-from etr_megatron.weights.layout import Placement, shards_of
+from etr_megatron.weights.layout import WeightLayout, shards_of
 from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
 from etr_megatron.weights.shards import box
 
@@ -80,7 +80,7 @@ def server_layouts(arch: Architecture) -> list[ServerLayout]:
 
 
 @st.composite
-def problems(draw, *, servers_as_source: bool) -> tuple[Architecture, Placement, Placement]:
+def problems(draw, *, servers_as_source: bool) -> tuple[Architecture, WeightLayout, WeightLayout]:
     """A model and two layouts that it fits into; a server as the source is fused, with repeated key and value heads."""
     arch = draw(architectures())
     training, servers = st.sampled_from(training_layouts(arch)), st.sampled_from(server_layouts(arch))
@@ -98,7 +98,7 @@ def numbered_tensors(arch: Architecture) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def shards(placement: Placement, arch: Architecture, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def shards(placement: WeightLayout, arch: Architecture, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         weight.megatron: read_shard(weight, shard, lambda name, begin, size: box(tensors[name], begin, size))
         for weight, shard in shards_of(placement, arch, rank)
@@ -142,9 +142,9 @@ def sent_by_replicas(plan: ReshardPlan, itemsize: int) -> dict[tuple[int, ...], 
     """Ranks that hold the same shards -> bytes of those shards that each of them sends to other processes."""
     replicas = {}
     for weight in weights_of(plan.arch):
-        for holding in plan.source.holdings(weight, plan.arch):
-            for rank in holding.ranks:
-                replicas[weight.megatron, rank] = holding.ranks
+        for placed in plan.source.placed_shards(weight, plan.arch):
+            for rank in placed.ranks:
+                replicas[weight.megatron, rank] = placed.ranks
     sent: dict[tuple[int, ...], dict[int, int]] = {}
     for (source, destination), transfers in plan.pairs.items():
         for transfer in transfers if not plan.is_local(source, destination) else ():
@@ -288,8 +288,8 @@ def test_cuts_through_fp8_blocks_are_refused_by_name(changes, destination, messa
 
 def test_a_source_that_lacks_a_part_is_refused():
     class Half(TrainingLayout):
-        def holdings(self, weight, arch):
-            return super().holdings(weight, arch)[:1]
+        def placed_shards(self, weight, arch):
+            return super().placed_shards(weight, arch)[:1]
 
     with pytest.raises(ValueError, match=r"embed_tokens\.weight: the source does not hold rows"):
         make_reshard_plan(Half(tp=2), ServerLayout(), architecture())
@@ -301,5 +301,5 @@ def test_the_holdings_of_layers_that_are_cut_alike_are_worked_out_once_and_right
         arch = architecture(**changes)
         for weight in weights_of(arch):
             for layout, cut in ((TrainingLayout(tp=2), megatron_shard), (ServerLayout(tp=2), server_shard)):
-                found = {rank: h.shard for h in layout.holdings(weight, arch) for rank in h.ranks}
+                found = {rank: h.shard for h in layout.placed_shards(weight, arch) for rank in h.ranks}
                 assert found == {rank: cut(weight, arch, 2, rank) for rank in (0, 1)}

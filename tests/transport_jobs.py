@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
+from etr_megatron.weights import SafetensorsDir, ServerLayout, TrainingLayout, WeightLayout, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
@@ -23,7 +23,7 @@ from tests.hang import Hang
 from tests.ports import rank_0s_port
 
 
-def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def shards_from(model: str, placement: WeightLayout, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A rank's shards by Megatron name, read from a checkpoint."""
     checkpoint, arch = SafetensorsDir(model), read_architecture(model)
     found = {}
@@ -54,14 +54,14 @@ def in_roles(plan: ReshardPlan, model: str, dtype: torch.dtype) -> tuple[dict[st
     return sources, empty_shards(plan, place, dtype) if 0 <= place < plan.destination.world else None
 
 
-def plan_for(model: str, source: Placement, destination: Placement, dtype: torch.dtype, **options: Any) -> ReshardPlan:
+def plan_for(model: str, source: WeightLayout, destination: WeightLayout, dtype: torch.dtype, **options: Any) -> ReshardPlan:
     return make_reshard_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
 
 
 def sharded(
     model: str,
-    source: Placement,
-    destination: Placement,
+    source: WeightLayout,
+    destination: WeightLayout,
     *,
     dtype: torch.dtype = torch.float32,
     bucket_bytes: int = 64 << 20,
@@ -84,8 +84,8 @@ def sharded(
 
 def _sharded(
     model: str,
-    source: Placement,
-    destination: Placement,
+    source: WeightLayout,
+    destination: WeightLayout,
     dtype: torch.dtype,
     bucket_bytes: int,
     syncs: int,
@@ -102,7 +102,7 @@ def _sharded(
     return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.complete}
 
 
-def from_policy(model: str, overrides: list[str], destination: Placement) -> dict[str, Any]:
+def from_policy(model: str, overrides: list[str], destination: WeightLayout) -> dict[str, Any]:
     """Destination shards, in a policy's processes, after a sync from its parameters."""
     from etr_megatron.policy.model import own_parameters
     from tests.policy_jobs import build
@@ -207,7 +207,7 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
         return picklable(dict(server.named_parameters())), errors
 
 
-def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
+def write_to_disk(directory: str, model: str, source: WeightLayout, versions: list[int], **options: Any) -> int | None:
     """Write versions one after the other; returns the complete version."""
     dtype = options.get("dtype", torch.float32)
     sources = shards_from(model, source, dist.get_rank(), dtype)
@@ -218,7 +218,7 @@ def write_to_disk(directory: str, model: str, source: Placement, versions: list[
     return writer.complete
 
 
-def fail_to_write(directory: str, model: str, source: Placement, file: int, culprit: int) -> tuple[str, int]:
+def fail_to_write(directory: str, model: str, source: WeightLayout, file: int, culprit: int) -> tuple[str, int]:
     """The error of a sync in which the disk is full when `culprit` saves this one of its files (-1: the last one), and how many
     files a rank has.
     """
@@ -248,7 +248,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
     return "", files
 
 
-def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
+def fail_while_it_is_published(directory: str, model: str, source: WeightLayout) -> str:
     """The error of a second sync in which rank 1 fails after all have written, and rank 0 is slow to publish."""
     writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=60), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
@@ -284,7 +284,7 @@ def picklable(shards: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.detach() for name, t in shards.items()}
 
 
-def failing(model: str, source: Placement, destination: Placement, culprit: int, fault: str) -> dict[str, Any]:
+def failing(model: str, source: WeightLayout, destination: WeightLayout, culprit: int, fault: str) -> dict[str, Any]:
     """Two good syncs, one that fails on rank `culprit`, a retry, and a good one on a new transport."""
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)

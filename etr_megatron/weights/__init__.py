@@ -13,7 +13,7 @@ from etr_megatron.weights.boxes import BoxSource
 from etr_megatron.weights.check import check_checkpoint, check_safetensors, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.hf_boxes import HfBoxes
-from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.layout import ServerLayout, TrainingLayout, WeightLayout, shards_of
 from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
 from etr_megatron.weights.quantize import quantize_blocks
@@ -35,13 +35,13 @@ __all__ = [
     "LatentAttention",
     "LowRank",
     "Merged",
-    "Placement",
     "SafetensorsDir",
     "ServerLayout",
     "Shard",
     "TorchDistDir",
     "TrainingLayout",
     "Weight",
+    "WeightLayout",
     "check_checkpoint",
     "check_safetensors",
     "check_torch_dist",

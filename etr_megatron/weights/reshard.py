@@ -21,7 +21,7 @@ from typing import NamedTuple
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.file_tensor import Index
-from etr_megatron.weights.layout import Holding, Placement
+from etr_megatron.weights.layout import PlacedShard, WeightLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.quantize import scale_shape
 from etr_megatron.weights.shards import Piece, Shard, moved, overlap
@@ -49,8 +49,8 @@ class ReshardPlan:
     process destination_start + r. fp8_block: rows and columns of a block where the destination holds quantised weights.
     """
 
-    source: Placement
-    destination: Placement
+    source: WeightLayout
+    destination: WeightLayout
     arch: Architecture
     destination_start: int
     fp8_block: int | None
@@ -136,11 +136,13 @@ def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: I
             )
 
 
-def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Holding], fp8_block: int | None) -> Iterator[_Box]:
+def _piece_boxes(
+    weight: Weight, shard: int, piece: Piece, source: Sequence[PlacedShard], fp8_block: int | None
+) -> Iterator[_Box]:
     """The parts of a destination's piece that the sources hold. Raises ValueError when they do not make up all of it."""
     found: dict[tuple[Index, Index], list[tuple[int, Index]]] = {}
-    for number, holding in enumerate(source):
-        for held in holding.shard.pieces:
+    for number, placed in enumerate(source):
+        for held in placed.shard.pieces:
             common = overlap(piece.begin, piece.size, held.begin, held.size) if held.hf == piece.hf else None
             if common:
                 found.setdefault(common, []).append((number, moved(held.at, common[0], held.begin)))
@@ -153,11 +155,13 @@ def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Hold
         yield _Box(shard, at, size, tuple(found[begin, size]))
 
 
-def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Holding], fp8_block: int | None) -> list[_Box]:
+def _boxes(
+    weight: Weight, source: Sequence[PlacedShard], destination: Sequence[PlacedShard], fp8_block: int | None
+) -> list[_Box]:
     """All boxes of a weight, merged where possible."""
     merged: list[_Box] = []
-    for number, holding in enumerate(destination):
-        for piece in holding.shard.pieces:
+    for number, placed in enumerate(destination):
+        for piece in placed.shard.pieces:
             for box in _piece_boxes(weight, number, piece, source, fp8_block):
                 if merged and box.follows(merged[-1]):
                     last = merged.pop()
@@ -166,11 +170,11 @@ def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Hold
     return merged
 
 
-def _jobs(source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None) -> Iterator[_Job]:
+def _jobs(source: WeightLayout, destination: WeightLayout, arch: Architecture, fp8_block: int | None) -> Iterator[_Job]:
     """Every box that every destination rank needs."""
     known: dict[tuple[object, ...], tuple[list[Shard], list[Shard], list[_Box]]] = {}
     for number, weight in enumerate(weights_of(arch)):
-        held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
+        held, needed = source.placed_shards(weight, arch), destination.placed_shards(weight, arch)
         shards = [h.shard for h in held], [h.shard for h in needed]
         block = fp8_block if weight.fp8 else None
         key = (weight.split, weight.shapes, weight.expert is None, block)
@@ -230,8 +234,8 @@ def _parts(size: Index, box_bytes: int, limit: float, ranks: int, step: int) -> 
 
 
 def make_reshard_plan(
-    source: Placement,
-    destination: Placement,
+    source: WeightLayout,
+    destination: WeightLayout,
     arch: Architecture,
     *,
     destination_start: int | None = None,
@@ -266,7 +270,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _plan(
-    source: Placement, destination: Placement, arch: Architecture, start: int, itemsize: int, fp8_block: int | None
+    source: WeightLayout, destination: WeightLayout, arch: Architecture, start: int, itemsize: int, fp8_block: int | None
 ) -> ReshardPlan:
     assignment = _Assignment(source.world, itemsize)
     shared: dict[tuple[int, ...], list[_Job]] = defaultdict(list)

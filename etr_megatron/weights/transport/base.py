@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.layout import Placement, shards_of
+from etr_megatron.weights.layout import WeightLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport.board import SyncError
@@ -26,10 +26,10 @@ class ExpectedShard(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-def expected_shards(placement: Placement, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, ExpectedShard]:
+def expected_shards(layout: WeightLayout, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, ExpectedShard]:
     """The shards that a rank must have, by name, see `Shards`. fp8_block: block size of a quantised destination, else None."""
     found: dict[str, ExpectedShard] = {}
-    for weight, shard in shards_of(placement, arch, rank):
+    for weight, shard in shards_of(layout, arch, rank):
         filled = shard.shape[0] if weight.split != "vocab" else sum(piece.size[0] for piece in shard.pieces)
         block = fp8_block if weight.fp8 else None
         found[weight.megatron] = ExpectedShard(shard.shape, filled, None if block is None else FP8)
@@ -80,8 +80,8 @@ class Transport:
         self,
         wire: Wire,
         arch: Architecture,
-        source: Placement,
-        destination: Placement | None = None,
+        source: WeightLayout,
+        destination: WeightLayout | None = None,
         start: int = 0,
         fp8_block: int | None = None,
     ) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from etr_megatron.platform.files import sync_to_disk
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.layout import Placement
+from etr_megatron.weights.layout import WeightLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.safetensors_dir import INDEX
 from etr_megatron.weights.transport.base import Transport
@@ -46,12 +46,12 @@ def version_directory(directory: str | Path, version: int) -> Path:
     return Path(directory) / f"version_{version:06d}"
 
 
-def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
+def owners_of(source: WeightLayout, arch: Architecture) -> dict[str, int]:
     """Weight (`Weight.megatron`) -> the rank that writes it: the least loaded of the ranks that hold a part of it."""
     loads = [0] * source.world
     owners = {}
     for weight in weights_of(arch):
-        ranks = {rank for holding in source.holdings(weight, arch) for rank in holding.ranks}
+        ranks = {rank for placed in source.placed_shards(weight, arch) for rank in placed.ranks}
         owner = min(ranks, key=lambda rank: (loads[rank], rank))
         loads[owner] += sum(torch.Size(shape).numel() for shape in weight.shapes)
         owners[weight.megatron] = owner
@@ -72,7 +72,7 @@ class DiskWriter(Transport):
     def __init__(
         self,
         directory: str | Path,
-        source: Placement,
+        source: WeightLayout,
         arch: Architecture,
         wire: Wire,
         *,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.file_tensor import Index
-from etr_megatron.weights.layout import Placement, WholeLayout
+from etr_megatron.weights.layout import UnshardedLayout, WeightLayout
 from etr_megatron.weights.map import Weight
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
 from etr_megatron.weights.reshard import make_reshard_plan
@@ -37,7 +37,7 @@ class Field(NamedTuple):
 class WeightGroup:
     """Weights whose full tensors form one flat bucket of `nbytes`; tensors with larger elements come first.
 
-    shards: per weight, its HF tensors stacked (`whole_shard`). tensors: the HF tensors one by one, at the same bytes; the
+    shards: per weight, its HF tensors stacked (`unsharded`). tensors: the HF tensors one by one, at the same bytes; the
     scales of `X.weight` are `X.weight_scale_inv`.
     """
 
@@ -70,7 +70,7 @@ class WeightGroup:
         return self._fp8_block if weight.fp8 else None
 
     def quantize(self, full: Shards, flat: Tensor) -> None:
-        """Quantise full tensors (by weight, `whole_shard`) into the bucket, one HF tensor at a time."""
+        """Quantise full tensors (by weight, `unsharded`) into the bucket, one HF tensor at a time."""
         fields = {field.name: field for field in self.tensors}
         for weight in self.weights:
             block = self.block_of(weight)
@@ -110,7 +110,7 @@ class Gather:
 
     def __init__(
         self,
-        source: Placement,
+        source: WeightLayout,
         arch: Architecture,
         owner: Callable[[Weight], int],
         groups: Sequence[Sequence[WeightGroup]],
@@ -120,7 +120,7 @@ class Gather:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        layout = WholeLayout(source.world, owner)
+        layout = UnshardedLayout(source.world, owner)
         plan = make_reshard_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
         parts = plan.split([[weight.megatron for group in together for weight in group.weights] for together in groups])
         self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
