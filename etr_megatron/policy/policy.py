@@ -39,7 +39,7 @@ from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.microbatch_plan import plan_microbatches
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import configured_transformer
-from etr_megatron.policy.not_finite import refuse_gradients_not_finite
+from etr_megatron.policy.non_finite import check_gradients_finite
 from etr_megatron.policy.optimizer import build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
@@ -159,7 +159,7 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """Run one optimizer step on the whole batch. Needs `old_logp`, and `ref_logp` if there is a KL term.
 
-        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `not_finite`), RuntimeError for
+        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `non_finite`), RuntimeError for
         non-finite parameter gradients, UserError for a custom loss that fails or returns something invalid, and for a token
         outside the vocabulary.
         """
@@ -246,10 +246,10 @@ class Policy:
     def _finalize_gradients(self, loss: StepLoss, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Megatron's gradient reductions without the division by the token count: the loss already has our denominator. Called
         on every rank after its last pass."""
-        loss.refuse_not_finite()
+        loss.check_finite()
         self.adapters.sum_gradients(model)
         finalize_model_grads(model, None, **options)
-        refuse_gradients_not_finite(self._ddp)
+        check_gradients_finite(self._ddp)
 
     def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
