@@ -178,8 +178,8 @@ def test_a_full_disk_is_told_beside_a_rank_that_is_lost_at_the_same_time(tmp_pat
         with patch.object(FileSystemWriter, "write_data", side_effect=OSError(errno.ENOSPC, "full")):
             _Writer(tmp_path, barrier=barrier).write_data()
 
-    unwritten: Any = SimpleNamespace(step=3, checkpoints=tmp_path, write=write)
-    pending = _Pending(unwritten, SimpleNamespace(group=None, barrier=barrier))  # type: ignore[arg-type]
+    prepared: Any = SimpleNamespace(step=3, checkpoints=tmp_path, write=write)
+    pending = _Pending(prepared, SimpleNamespace(group=None, barrier=barrier))  # type: ignore[arg-type]
     told = f"lost rank 1 at the writing of the checkpoint of step 3; besides, {tmp_path}: no space left on the device"
     with pytest.raises(ConnectionError, match=re.escape(told)):
         pending.result()

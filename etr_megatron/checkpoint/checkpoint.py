@@ -68,8 +68,8 @@ def _path(checkpoints: Path, step: int) -> Path:
 
 
 @dataclass
-class Unwritten:
-    """A checkpoint of which `write` writes the shards and the trainer's files. `prepare` makes it. files: on rank 0 only."""
+class PreparedCheckpoint:
+    """The content of a checkpoint, from `prepare`; `write` writes its shards and the trainer's files. files: on rank 0 only."""
 
     checkpoints: Path
     step: int
@@ -83,8 +83,8 @@ class Unwritten:
         """The folder's name until it is complete."""
         return self.checkpoints / f".step_{self.step:06d}.unfinished"
 
-    def make_room(self) -> None:
-        """Make an empty folder for the checkpoint, and remove those that killed saves have left."""
+    def create_folder(self) -> None:
+        """Create an empty folder for the checkpoint, and remove those that killed saves have left."""
         with disk_errors(self.checkpoints):
             for leftover in entries(self.checkpoints, ".step_*.unfinished"):
                 shutil.rmtree(leftover)
@@ -152,26 +152,26 @@ def prepare(
     keep: int,
     best: Collection[int] = (),
     snapshot: bool = True,
-) -> Unwritten:
+) -> PreparedCheckpoint:
     """The part of `save` that needs the policy and the trainer. A collective, with the arguments and errors of `save`.
 
-    snapshot: copy the state to host memory. Without it, the policy must not change until `Unwritten.write` has returned.
+    snapshot: copy the state to host memory. Without it, the policy must not change until `write` has returned.
     """
-    unwritten = Unwritten(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
+    prepared = PreparedCheckpoint(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
     rank0 = dist.get_rank() == 0
-    with unwritten.errors():
-        on_all_ranks(lambda: unwritten.make_room() if rank0 else None)
+    with prepared.errors():
+        on_all_ranks(lambda: prepared.create_folder() if rank0 else None)
         base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
-        dist_checkpointing.save(sharded, str(unwritten.temporary), sharded_strategy=shared_among_replicas(unwritten.shards))
+        dist_checkpointing.save(sharded, str(prepared.temporary), sharded_strategy=shared_among_replicas(prepared.shards))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             files = {_TENSORS_FILE: tensors_as_bytes(state.pop("tensors", {}))}
             if policy.adapters.spec is not None:
                 files[LORA_FILE] = json.dumps(policy.adapters.spec.as_json()).encode()
                 state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
-            unwritten.files = {**files, TRAINER_FILE: json.dumps(state).encode()}
-    return unwritten
+            prepared.files = {**files, TRAINER_FILE: json.dumps(state).encode()}
+    return prepared
 
 
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     Raises UserError for a checkpoint that does not fit the model or is damaged.
     """
     path = _path(checkpoints, step)
-    with _damage_told(path):
+    with _damage_as_user_error(path):
         return _load(path, step, policy)
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     """Turn readers' errors on truncated or corrupt files into a UserError."""
     try:
         yield

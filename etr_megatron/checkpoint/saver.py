@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.checkpoint.checkpoint import Unwritten, prepare, save
+from etr_megatron.checkpoint.checkpoint import PreparedCheckpoint, prepare, save
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_full_behind, no_room
@@ -67,7 +67,7 @@ class Saver:
         state = self._phases.all_reduce_max(self._pending.state)
         if state == _RUNNING:
             return
-        if state == _FAILED and not self._pending.over.wait(OTHERS_S):
+        if state == _FAILED and not self._pending.done.wait(OTHERS_S):
             self._pending = None  # this rank's disk hangs, and so would `close`
         else:
             self._end_of_pending()
@@ -79,7 +79,7 @@ class Saver:
         if self._pending is None:
             return
         with self._stops():
-            self._pending.over.wait()
+            self._pending.done.wait()
         try:
             self._end_of_pending()
         except (UserError, RuntimeError) as error:  # not those that name a lost rank
@@ -93,7 +93,7 @@ class Saver:
         if self._pending is None:
             return
         try:
-            if not self._pending.over.wait(max(MIN_CLOSE_S, self._pending.age)):
+            if not self._pending.done.wait(max(MIN_CLOSE_S, self._pending.age)):
                 raise TimeoutError("not all ranks have written it in time")
             self._end_of_pending()
         except Exception as error:
@@ -120,29 +120,29 @@ class Saver:
 
 
 class _Pending:
-    """A checkpoint that a thread writes. writers: of the threads of all ranks. over: set when it is complete or has failed.
+    """A checkpoint that a thread writes. writers: of the threads of all ranks. done: set when it is complete or has failed.
 
     The thread is a daemon: it ends with the process, even if a disk hangs.
     """
 
-    def __init__(self, unwritten: Unwritten, writers: PhaseBarriers) -> None:
-        self.over = threading.Event()
+    def __init__(self, prepared: PreparedCheckpoint, writers: PhaseBarriers) -> None:
+        self.done = threading.Event()
         self._error: BaseException | None = None
         self._begun, self._seconds = time.perf_counter(), 0.0
-        what = f"writing of the checkpoint of step {unwritten.step}"
+        what = f"writing of the checkpoint of step {prepared.step}"
 
         def barrier() -> None:
             try:
                 writers.barrier(what)
             except Exception as error:
-                full = disk_full_behind(error)  # of this rank, before it met the others
-                told = type(error)(f"{error}; besides, {unwritten.checkpoints}: {no_room(full)}") if full else error
-                self._end(told)  # torch's next collective would first wait once more for the missing rank
+                full = disk_full_behind(error)  # of this rank, before the barrier
+                both = type(error)(f"{error}; besides, {prepared.checkpoints}: {no_room(full)}") if full else error
+                self._end(both)  # torch's next collective would first wait once more for the missing rank
                 raise
 
         def write() -> None:
             try:
-                unwritten.write(writers.group, barrier)
+                prepared.write(writers.group, barrier)
             except BaseException as error:  # raised by `result`, in the thread that can handle it
                 self._end(error)
             else:
@@ -151,9 +151,9 @@ class _Pending:
         threading.Thread(target=write, name=what, daemon=True).start()
 
     def _end(self, error: BaseException | None) -> None:
-        if not self.over.is_set():  # the first error is the cause
+        if not self.done.is_set():  # the first error is the cause
             self._error, self._seconds = error, self.age
-            self.over.set()
+            self.done.set()
 
     @property
     def age(self) -> float:
@@ -163,13 +163,13 @@ class _Pending:
     @property
     def state(self) -> int:
         """`_COMPLETE`, `_RUNNING` or `_FAILED`."""
-        if not self.over.is_set():
+        if not self.done.is_set():
             return _RUNNING
         return _COMPLETE if self._error is None else _FAILED
 
     def result(self) -> float:
-        """Wait until it is over. Returns the seconds that the write took, or raises the error of the thread."""
-        self.over.wait()
+        """Wait until it is done. Returns the seconds that the write took, or raises the error of the thread."""
+        self.done.wait()
         if self._error is not None:
             raise self._error
         return self._seconds
