@@ -384,7 +384,7 @@ class Trainer:
         self._phases.barrier("resume")
         self.has_begun = True
         if self._open_recorder is not None:
-            self._directory.cut_back(self.step)
+            self._directory.truncate_after(self.step)
             self._directory.continue_with(self.config, self.step)
             if self.step >= self.config.run.steps:
                 print(

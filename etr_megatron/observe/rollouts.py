@@ -27,7 +27,7 @@ def save_rollouts(directory: Path, step: int, groups: Iterable[Group]) -> Path:
     return path
 
 
-def cut_back_rollouts(directory: Path, step: int) -> int:
+def remove_rollouts_after(directory: Path, step: int) -> int:
     """Remove the files of steps after `step` and return how many there were."""
     with disk_errors(directory):
         found = entries(directory, "step_*.jsonl")
