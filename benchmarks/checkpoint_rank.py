@@ -28,7 +28,7 @@ from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
 from etr_megatron.platform.phases import PhaseBarriers  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
-from etr_megatron.status import run_and_leave  # noqa: E402
+from etr_megatron.status import run_and_exit  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -20,7 +20,7 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import node_role
 from etr_megatron.quick_checks import adding_input_problems
-from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
+from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status, run_and_exit, run_cli
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -174,4 +174,4 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: code_of_printing(main))
+    run_and_exit(lambda: run_cli(main))

@@ -20,7 +20,7 @@ from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import NodeRole, node_role
 from etr_megatron.quick_checks import adding_input_problems
-from etr_megatron.status import exit_code_of, run_and_leave
+from etr_megatron.status import exit_code_of, run_and_exit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,4 +84,4 @@ def _serve(config: Config, role: NodeRole) -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
-from etr_megatron.status import code_of_printing, exit_code_of, report_user_error, run_and_leave
+from etr_megatron.status import exit_code_of, report_user_error, run_and_exit, run_cli
 
 if TYPE_CHECKING:
     from etr_megatron.convert import Ranks
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     end_on_signals()
     # By default, the garbage collector runs after every 700 new objects, which takes a fifth of the time of importing modules.
     gc.set_threshold(100_000)
-    run_and_leave(lambda: code_of_printing(main))
+    run_and_exit(lambda: run_cli(main))

@@ -24,7 +24,7 @@ from etr_megatron.planner.hardware import GPUS
 from etr_megatron.planner.plan import Plan, check_options, make_plan
 from etr_megatron.planner.report import misfit, render
 from etr_megatron.platform.files import refuse_all
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -33,13 +33,13 @@ _MAX_GPUS = 1024
 
 
 def dry_run(argv: Sequence[str]) -> int:
-    """Run `check_and_print`; returns the exit code, which is 0 except as described in `code_of_printing`."""
+    """Run `check_and_print`; returns the exit code, which is 0 except as described in `run_cli`."""
 
     def main() -> int:
         check_and_print(argv)
         return 0
 
-    return code_of_printing(main)
+    return run_cli(main)
 
 
 def check_and_print(argv: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.world import node_role
-from etr_megatron.status import exit_code_of, run_and_leave
+from etr_megatron.status import exit_code_of, run_and_exit
 
 TIMEOUT_S = 120.0
 """Deadline of the rendezvous and of every collective."""
@@ -131,4 +131,4 @@ def _checkpoint_bytes(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)
