@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     from etr_megatron.platform.files import path_errors
 
     ranks = convert.Ranks()
-    with convert.watched(ranks, give_up), path_errors():
+    with convert.detecting_silent_ranks(ranks, give_up), path_errors():
         return convert_or_compare(asked, ranks)
 
 
@@ -103,7 +103,7 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
 
     start = time.monotonic()
     named = {name: getattr(asked, name) for name in ("hf", "megatron", "out") if hasattr(asked, name)}
-    convert.refuse_mistaken(ranks, **named)
+    convert.check_directories(ranks, **named)
     if asked.command == "verify":
         logits, prompt = not asked.no_logits, asked.prompt
         return report(convert.verify(asked.hf, asked.megatron, ranks, logits=logits, prompt=prompt, base=asked.base))

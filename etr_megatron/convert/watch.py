@@ -25,7 +25,7 @@ SILENCE_S = 120.0
 
 
 @contextmanager
-def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
+def detecting_silent_ranks(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
     """Send heartbeats while the block runs; give_up(message naming silent ranks) is called, once, in another thread.
 
     That thread cannot stop a collective: `give_up` must end the process.
