@@ -32,7 +32,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import refuse_all
 from etr_megatron.platform.world import server_node_index
-from etr_megatron.served import check_served
+from etr_megatron.sglang_support import check_sglang_support
 from etr_megatron.types import MAX_REPLAYED_EXPERTS, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def check_model(config: Config, world_size: int, *, trains: bool = True) -> None
         check_fields(architecture, config)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         try:
-            check_served(model, architecture, config.sglang)
+            check_sglang_support(model, architecture, config.sglang)
         except ValueError as error:
             raise UserError(f"a server cannot split {model}: {error}") from None
     check_checkpoint(name, values=True)

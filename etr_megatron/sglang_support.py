@@ -21,7 +21,7 @@ _NOT_IN_PARALLEL = ("llama", "mistral", "qwen2")
 with `--enable-dp-attention` ranks with different tokens would add up their outputs."""
 
 
-def check_served(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
+def check_sglang_support(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
     """Check that a server can shard the model (with `sglang.fp8` into whole blocks) and supports all its features.
 
     Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
