@@ -13,7 +13,7 @@ from etr_megatron.batching import build_batch, minibatches, routing_of, sequence
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
-from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
+from etr_megatron.metrics import check_logprob_gap, generated_by_version, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch, profiled
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import PhaseBarriers, StopAskedError
@@ -244,7 +244,7 @@ class Trainer:
                     reference = self.policy.logprobs(sequences, reference=True)
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
-                self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
+                self._gate = not check_logprob_gap(batch, self.config, generated_by_version(groups, self.step - 1))
             if by_engine:
                 batch = batch.relative_to_engine()
             if self._recorder is not None and not batch.weight.any():
@@ -324,7 +324,7 @@ class Trainer:
         times = self._watch.lap()
         if self._recorder is None:
             return
-        tokens = sum(sample.drawn for group in groups for sample in group.samples)
+        tokens = sum(sample.num_generated for group in groups for sample in group.samples)
         speed = {}
         if not self.config.rollout.only:
             speed = training_speed(self.policy, groups, self.config, times["time_train"])

@@ -252,12 +252,12 @@ def test_a_group_is_flat_if_the_rewards_that_count_are_equal():
     for sample in group.samples:
         sample.reward = 1.0
     group.samples[0].reward = 0.0
-    assert not group.is_flat
+    assert not group.has_zero_variance
     group.samples[0].environment_status = "timeout"
-    assert group.is_flat
+    assert group.has_zero_variance
     for sample in group.samples:
         sample.environment_status = "timeout"
-    assert group.is_flat
+    assert group.has_zero_variance
 
 
 def test_a_minibatch_of_truncated_responses_alone_has_no_weight():

@@ -38,8 +38,12 @@ def remove_rollouts_after(directory: Path, step: int) -> int:
 
 
 def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
-    logprobs = sample.of_drawn(sample.rollout_logprobs)
-    replies = {"turns": sample.turns, "reply_tokens": len(sample.response_ids) - sample.drawn, "messages": sample.messages}
+    logprobs = sample.select_generated(sample.rollout_logprobs)
+    replies = {
+        "turns": sample.turns,
+        "reply_tokens": len(sample.response_ids) - sample.num_generated,
+        "messages": sample.messages,
+    }
     status = sample.environment_status
     return {
         "step": step,

@@ -53,7 +53,7 @@ from etr_megatron.weights import Architecture
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Per sample, fp32 CPU [response tokens that the model drew]: log-prob of each and entropy of its distribution."""
+    """Per sample, fp32 CPU [response tokens that the model generated]: log-prob of each and entropy of its distribution."""
 
     logp: tuple[Tensor, ...]
     entropy: tuple[Tensor, ...]
@@ -125,8 +125,8 @@ class Policy:
         reference: bool = False,
         routing: StepRouting | None = None,
     ) -> TokenLogprobs:
-        """Tempered log-probs and entropies of the response tokens that the model drew, under the current (or the reference)
-        weights, on every rank.
+        """Tempered log-probs and entropies of the generated response tokens, under the current (or the reference) weights, on
+        every rank.
 
         sequences: one per sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
