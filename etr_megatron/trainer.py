@@ -100,20 +100,20 @@ class Trainer:
         except StopAskedError as error:  # there is nothing to save yet
             raise RequeueError(f"{error}: start again with the same command to continue") from error
         try:
-            self._roll_out_only() if self.config.rollout.only else self._run_steps()
+            self._run_rollout_only() if self.config.rollout.only else self._run_steps()
         except (EngineGoneError, StopAskedError) as error:
-            self._save_what_is_trained()
+            self._save_trained_state()
             raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to continue") from error
         except RefusedError:  # a restart would not help
-            self._save_what_is_trained()
+            self._save_trained_state()
             raise
         except (UngradedError, OtherModelError):
             if self.trained:  # else the run starts from the beginning after the fix
-                self._save_what_is_trained()
+                self._save_trained_state()
             raise
         except SyncError:
             if self.trained and self._all_ranks_alive():
-                self._save_what_is_trained()
+                self._save_trained_state()
             raise
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class Trainer:
             return False
         return True
 
-    def _save_what_is_trained(self) -> None:
+    def _save_trained_state(self) -> None:
         self._phases.ignore_stop_requests()
         if self.step > self.trained:
             self.sampler.put_back(self.step)
@@ -147,7 +147,7 @@ class Trainer:
     def _run_steps(self) -> None:
         self._sync()
         start = {f"{key}_start": value for key, value in self._evaluate().items()} if self.step == 0 else {}
-        self._make_up_for_evaluation()
+        self._run_missed_evaluation()
         self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
@@ -164,7 +164,7 @@ class Trainer:
         rollouts, engine = self._roll_out(), self._engine_metrics()
         batch, updates = self._train(rollouts.groups)
         row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | engine | start
-        self._keep(rollouts, batch)
+        self._write_record(rollouts, batch)
         self.trained = self._version = self.step
         self._unrecorded = row, rollouts.groups
         self._sync()
@@ -174,14 +174,14 @@ class Trainer:
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
             self._save()
 
-    def _roll_out_only(self) -> None:
+    def _run_rollout_only(self) -> None:
         """Rollouts and rewards of the remaining steps, all under the current weights."""
         self._sync()
         self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
             rollouts, engine = self._roll_out(), self._engine_metrics()
-            self._keep(rollouts)
+            self._write_record(rollouts)
             row = rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts | engine
             self._record(row, rollouts.groups)
             if self._recorder is not None:
@@ -203,15 +203,15 @@ class Trainer:
         """The engine's metrics. Call it right after a step's rollout, because the next sync brings failed servers back."""
         return {} if self.engine is None else self.engine.metrics()
 
-    def _with_servers(self, draw: Callable[[], T]) -> T:
-        """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again.
+    def _with_servers(self, generate: Callable[[], T]) -> T:
+        """Call `generate`; if servers have to be restarted for it, sync the same weights and call it again.
 
-        Raises EngineGoneError if `draw` still fails after servers were brought back `MAX_SERVER_RESTARTS` times.
+        Raises EngineGoneError if `generate` still fails after servers were brought back `MAX_SERVER_RESTARTS` times.
         """
         restarts = 0
         while True:
             try:
-                return draw()
+                return generate()
             except NeedsSyncError as error:
                 if restarts == MAX_SERVER_RESTARTS:
                     raise EngineGoneError(
@@ -309,7 +309,7 @@ class Trainer:
         every = self.config.eval.every
         return bool(every) and (step % every == 0 or step == self.config.run.steps)
 
-    def _make_up_for_evaluation(self) -> None:
+    def _run_missed_evaluation(self) -> None:
         """Evaluate after the resumed step if its row shows that the run stopped before that step's evaluation."""
         if self.step == 0 or not self._is_evaluated(self.step):
             return
@@ -335,7 +335,7 @@ class Trainer:
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
             self._directory.save_rollouts(self.step, groups[: observe.rollouts_groups])
 
-    def _keep(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
+    def _write_record(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
         """Record the step's groups, with the trainer's log-probs if there are any."""
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):

@@ -119,11 +119,11 @@ def test_servers_are_counted_when_a_steps_rollout_is_complete_before_a_sync_brin
     others = "policy", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
     one = trainer.Trainer(Config(), engine=engine, sampler=sampler, **dict.fromkeys(others, mock.MagicMock()))
     one.config = replace(one.config, run=replace(one.config.run, steps=2), checkpoint=replace(one.config.checkpoint, every=0))
-    kept = dict(_keep=lambda *_: None, _train=lambda _groups: (None, []), _is_evaluated=lambda _step: False)
+    kept = dict(_write_record=lambda *_: None, _train=lambda _groups: (None, []), _is_evaluated=lambda _step: False)
     for name in ("step_metrics", "rollout_metrics"):
         monkeypatch.setattr(trainer, name, lambda *_: {})
     with mock.patch.multiple(one, **kept, _evaluate=dict, _record=lambda row, _groups: rows.append(row)):
-        one._roll_out_only() if rolls_out_only else one._run_steps()
+        one._run_rollout_only() if rolls_out_only else one._run_steps()
     assert rows == [{"servers_serving": 3}, {"servers_serving": 2 if rolls_out_only else 3}]
 
 

@@ -52,7 +52,7 @@ def resumed_and_stopped() -> tuple[int, list[int], list[bool]]:
     seen = SimpleNamespace(latest_step=lambda folder: 7 - dist.get_rank(), load=load)
     with mock.patch.object(module, "checkpoint", seen):
         trainer._resume()
-        trainer._save_what_is_trained()
+        trainer._save_trained_state()
     return trainer.step, saved, [*begun, trainer.has_begun]
 
 
