@@ -27,7 +27,7 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.config import LOSSES, Config, resolved
 from etr_megatron.flops import sequence_flops
-from etr_megatron.objective import LossInputs, refuse_if_rows_interact, resolve_loss
+from etr_megatron.objective import LossInputs, check_row_independence, resolve_loss
 from etr_megatron.policy.adapters import PolicyAdapters
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
@@ -307,7 +307,7 @@ class Policy:
     def _check_additivity(self, inputs: LossInputs) -> None:
         """Check once that a custom loss is additive over rows, as chunking in the head requires; needs at least two rows."""
         if self._unchecked and len(inputs.logp) > 1:
-            self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
+            self._unchecked = not check_row_independence(self._policy_loss, inputs)
 
 
 def _totals(shares: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -9,7 +9,14 @@ from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import ImportPathError, answering, has_parameter, import_function, raised, takes
+from etr_megatron.imports import (
+    ImportPathError,
+    accepts_arguments,
+    error_message,
+    has_parameter,
+    import_function,
+    request_handler,
+)
 from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.types import Message
 
@@ -34,7 +41,7 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
     function = import_function(config.function)
     # `messages` is passed by name: as a fourth positional parameter it would get the columns.
     named = ("messages",) if has_parameter(function, "messages") else ()
-    if not takes(function, 4 if config.columns else 3, named):
+    if not accepts_arguments(function, 4 if config.columns else 3, named):
         wanted = "three arguments, the prompt, the response and the answer (a fourth is given with reward.columns)"
         if config.columns:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
@@ -46,9 +53,9 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
         return function(request.prompt, request.response, request.answer, *extra, **messages)
 
     def refuse(error: BaseException) -> Grade:
-        return Grade(config.range_min, "error", raised(config.function, error))
+        return Grade(config.range_min, "error", error_message(config.function, error))
 
-    return answering(function, ask, lambda value: _grade_of(value, config), refuse)
+    return request_handler(function, ask, lambda value: _grade_of(value, config), refuse)
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
