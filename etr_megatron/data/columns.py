@@ -59,8 +59,8 @@ def find_columns(
     if missing:
         shown = [repr(name) for name in available]
         rest = [f"and {len(shown) - _MAX_SHOWN} more"] if len(shown) > _MAX_SHOWN else []
-        told = f"its columns are {', '.join([*shown[:_MAX_SHOWN], *rest])}" if shown else "it has none at all"
-        raise NoColumnError(f"no {' and no '.join(missing)}; {told}")
+        column_list = f"its columns are {', '.join([*shown[:_MAX_SHOWN], *rest])}" if shown else "it has none at all"
+        raise NoColumnError(f"no {' and no '.join(missing)}; {column_list}")
     prompt, answer = found["prompt_column"], found["answer_column"]
     assert prompt is not None and answer is not None  # the config refuses empty names
     return Columns(prompt, answer, found["id_column"], extra)

@@ -131,8 +131,8 @@ def check_problems(config: Config) -> str:
         "is not here: its rows were not checked": [source for source in rest if source.is_file],
         "was not fetched: its rows were not checked": [source for source in rest if not source.is_file],
     }
-    told = [f"{source.location} {what}" for what, which in found.items() for source in which]
-    return "\n".join(told) or "the problems are generated"
+    lines = [f"{source.location} {what}" for what, which in found.items() for source in which]
+    return "\n".join(lines) or "the problems are generated"
 
 
 def distinct_ranks(plan: Plan) -> list[int]:

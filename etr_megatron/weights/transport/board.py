@@ -132,12 +132,12 @@ class Board:
         grace = time.monotonic() + _GRACE_S
         while True:
             texts = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
-            told = {rank: json.loads(text) for rank, text in texts.items() if text}
-            reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in told.items() if one["reason"]]
+            reports = {rank: json.loads(text) for rank, text in texts.items() if text}
+            reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in reports.items() if one["reason"]]
             if reasons:
                 return "; ".join(reasons)
-            silent = {rank for rank in range(self.world) if rank not in told and not self._there(rank)}
-            gone = {one["lost"] for one in told.values()} & silent
+            silent = {rank for rank in range(self.world) if rank not in reports and not self._there(rank)}
+            gone = {one["lost"] for one in reports.values()} & silent
             if silent == gone or time.monotonic() > grace:
                 break
             time.sleep(_POLL_S)
