@@ -26,9 +26,9 @@ from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
-from etr_megatron.platform.phases import Phases  # noqa: E402
+from etr_megatron.platform.phases import PhaseBarriers  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
-from etr_megatron.status import run_and_leave  # noqa: E402
+from etr_megatron.status import run_and_exit  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 
@@ -86,7 +86,7 @@ def run_job(job: dict[str, Any]) -> dict[str, float]:
     folder = Path(job["folder"]) / "checkpoints"
     fill(policy, 1)
     wanted = [tensor.clone() for tensor in states(policy)]
-    saver, stopped = checkpoint.Saver(config, Phases(config.run.phase_timeout_s)), []
+    saver, stopped = checkpoint.Saver(config, PhaseBarriers(config.run.phase_timeout_s)), []
 
     def save() -> None:
         start = time.perf_counter()
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -31,7 +31,7 @@ from etr_megatron.vocab_parallel import (
     vocab_parallel_logprob,
     vocab_parallel_loss,
 )
-from etr_megatron.vocab_parallel.sweep import Head
+from etr_megatron.vocab_parallel.head_chunks import HeadConfig
 
 SIZES = [(4096, 4096, 151_936), (8192, 4096, 151_936), (4096, 5120, 151_936), (8192, 5120, 151_936)]
 """(T, H, V): hidden sizes of Qwen3-8B and Qwen3-32B."""
@@ -83,7 +83,7 @@ def head(problem: Problem, backend: str) -> Tensor:
 def products(problem: Problem) -> None:
     """The head's products, into reused buffers; noise replaces the logits' gradient, as zeros would draw less power."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    step = Head(problem.shard).rows_of_chunk(len(hidden), hidden.device)
+    step = HeadConfig(problem.shard).rows_of_chunk(len(hidden), hidden.device)
     if "products" not in problem.scratch:
         buffer = torch.empty(step, len(weight), dtype=torch.float32, device=hidden.device)
         problem.scratch["products"] = buffer, torch.randn(step, len(weight), dtype=hidden.dtype, device=hidden.device)

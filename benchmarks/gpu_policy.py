@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.gpu_device import RECIPES, bf16_peak, recipes_left_out, release_memory, seconds_of
 from benchmarks.targets import summary
-from etr_megatron.status import run_and_leave
+from etr_megatron.status import run_and_exit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -262,4 +262,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -26,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.logprob_contestants import CONTESTANTS, REFERENCE, Contestant  # noqa: E402
 from benchmarks.logprob_problem import Problem, make_problem  # noqa: E402
 from benchmarks.resident import peak_beyond  # noqa: E402
-from etr_megatron.status import run_and_leave  # noqa: E402
+from etr_megatron.status import run_and_exit  # noqa: E402
 from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
@@ -142,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

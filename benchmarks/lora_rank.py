@@ -26,7 +26,7 @@ from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
-from etr_megatron.status import run_and_leave  # noqa: E402
+from etr_megatron.status import run_and_exit  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 SETTINGS = ["parallel.tp=1", "train.lr=1e-5", "train.tokens_per_microbatch=2048"]
@@ -151,4 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -40,7 +40,7 @@ from benchmarks.reshard_problem import CASES, LLAMA_70B, elements, lower_bound
 from benchmarks.reshard_report import PLANNING_LIMITS, case_result, table
 from etr_megatron.errors import UserError
 from etr_megatron.weights import Architecture, ServerLayout, TrainingLayout
-from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.reshard import make_reshard_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,7 +76,7 @@ def planning_seconds(arch: Architecture, source: TrainingLayout, destination: An
     found = []
     for _ in range(5):
         begin = time.perf_counter()
-        make_plan(source, destination, arch, destination_start=start)
+        make_reshard_plan(source, destination, arch, destination_start=start)
         found.append(time.perf_counter() - begin)
     return statistics.median(found)
 

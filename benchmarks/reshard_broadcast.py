@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, Placement, make_plan, weights_of
-from etr_megatron.weights.layout import WholeLayout
+from etr_megatron.weights import Architecture, WeightLayout, make_reshard_plan, weights_of
+from etr_megatron.weights.layout import UnshardedLayout
 from etr_megatron.weights.transport import Shards, Transport, Wire
 from etr_megatron.weights.transport.buckets import destination_box, source_box
-from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.whole import Gather, weight_groups
 
 BUCKET_BYTES = 64 << 20
 
@@ -21,18 +21,18 @@ class BroadcastTransport(Transport):
     """start: the process of the destination's first rank."""
 
     def __init__(
-        self, source: Placement, destination: Placement, arch: Architecture, wire: Wire, start: int, dtype: torch.dtype
+        self, source: WeightLayout, destination: WeightLayout, arch: Architecture, wire: Wire, start: int, dtype: torch.dtype
     ) -> None:
         super().__init__(wire, arch, source, destination, start)
-        self._groups = groups_of(weights_of(arch), dtype, None, BUCKET_BYTES)
-        cut = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
+        self._groups = weight_groups(weights_of(arch), dtype, None, BUCKET_BYTES)
+        cut = make_reshard_plan(UnshardedLayout(1, lambda weight: 0), destination, arch, itemsize=dtype.itemsize)
         self._cuts = cut.split([[weight.megatron for weight in group.weights] for group in self._groups])
         self._gather = None
         if self.source is not None:
             together = [[group] for group in self._groups]
             owner, sizes = (lambda weight: 0), dict(dtype=dtype, bucket_bytes=BUCKET_BYTES)
             self._gather = Gather(source, arch, owner, together, wire, self._memory, **sizes)
-        self._receivers = wire.part(sorted({0, *range(start, start + destination.world)}))
+        self._receivers = wire.subgroup(sorted({0, *range(start, start + destination.world)}))
         self._flats: list[Tensor] = []
         if self._receivers.group is not None:
             size = max(group.nbytes for group in self._groups)

@@ -12,7 +12,7 @@ from benchmarks.reshard_broadcast import BroadcastTransport
 from benchmarks.reshard_problem import Case
 from etr_megatron.weights import Architecture, Weight, join_shards, read_shard, weights_of
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.shards import box
 from etr_megatron.weights.transport import ShardedTransport, Wire
 
@@ -23,7 +23,7 @@ class Sharded:
     """Ours: every byte is sent once, in buckets."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
-        plan = make_plan(case.source, case.destination, arch, destination_start=case.start, itemsize=dtype.itemsize)
+        plan = make_reshard_plan(case.source, case.destination, arch, destination_start=case.start, itemsize=dtype.itemsize)
         self.wire = Wire.in_world(timeout_s=300)
         self._transport = ShardedTransport(plan, self.wire, dtype=dtype)
         self._shards = sources or None, destinations or None
@@ -59,7 +59,7 @@ class GatherBroadcast:
         self._sources, self._destinations, self._dtype, self._rank = sources, destinations, dtype, rank
         # One replica of each shard is enough.
         self._steps = [
-            (weight, [(holding.shard, holding.ranks[0]) for holding in case.source.holdings(weight, arch)])
+            (weight, [(placed.shard, placed.ranks[0]) for placed in case.source.placed_shards(weight, arch)])
             for weight in weights_of(arch)
         ]
         place = rank - case.start
@@ -121,7 +121,7 @@ class BareCopy:
     within a process, from one flat buffer to another."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
-        plan = make_plan(case.source, case.destination, arch, destination_start=case.start, itemsize=dtype.itemsize)
+        plan = make_reshard_plan(case.source, case.destination, arch, destination_start=case.start, itemsize=dtype.itemsize)
         rank = dist.get_rank()
         self._sends, self._receives, self._copies = [], [], []
         for (source, destination), transfers in plan.pairs.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, Experts, Placement, ServerLayout, TrainingLayout, Weight, weights_of
+from etr_megatron.weights import Architecture, Experts, ServerLayout, TrainingLayout, Weight, WeightLayout, weights_of
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.shards import box, read_shard
 
@@ -41,7 +41,7 @@ class Case:
 
     name: str
     source: TrainingLayout
-    destination: Placement
+    destination: WeightLayout
     together: bool
     experts: bool = False
 
@@ -88,7 +88,7 @@ def full_tensors(weight: Weight, number: int, dtype: torch.dtype) -> dict[str, T
     }
 
 
-def own_shards(placement: Placement, arch: Architecture, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def own_shards(placement: WeightLayout, arch: Architecture, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A rank's shards by Megatron name."""
     numbers = {weight.megatron: number for number, weight in enumerate(weights_of(arch))}
     found = {}
@@ -104,11 +104,11 @@ def lower_bound(case: Case, arch: Architecture, itemsize: int) -> int:
     independently of the planner."""
     total = 0
     for weight in weights_of(arch):
-        held, needed = case.source.holdings(weight, arch), case.destination.holdings(weight, arch)
-        for holding in needed:
-            for rank in holding.ranks:
+        held, needed = case.source.placed_shards(weight, arch), case.destination.placed_shards(weight, arch)
+        for placed in needed:
+            for rank in placed.ranks:
                 here = [one.shard for one in held if case.start + rank in one.ranks]
-                total += sum(_missing(weight, hf, holding.shard, here) for hf in range(len(weight.hf)))
+                total += sum(_missing(weight, hf, placed.shard, here) for hf in range(len(weight.hf)))
     return total * itemsize
 
 

@@ -22,7 +22,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.reshard_contestants import OURS_AND_PLAIN, MegatronCore  # noqa: E402
 from benchmarks.reshard_problem import CASES, Case, own_shards  # noqa: E402
-from etr_megatron.status import run_and_leave  # noqa: E402
+from etr_megatron.status import run_and_exit  # noqa: E402
 from etr_megatron.weights import Architecture  # noqa: E402
 
 Shards = dict[str, Tensor]
@@ -121,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

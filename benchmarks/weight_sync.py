@@ -47,7 +47,7 @@ from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.weights import Architecture, read_architecture, weights_of
-from etr_megatron.weights.transport.whole import groups_of
+from etr_megatron.weights.transport.whole import weight_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def buckets_of(arch: Architecture, tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
     """Buckets as in a sync: weights in order, in flat buckets of at most `limit` bytes, or of one weight that is larger."""
-    for group in groups_of(weights_of(arch), torch.float32, None, limit):
+    for group in weight_groups(weights_of(arch), torch.float32, None, limit):
         flat = torch.empty(group.nbytes, dtype=torch.uint8)
         for field in group.tensors:
             field.view(flat).copy_(tensors[field.name])

@@ -91,9 +91,9 @@ def build_batch(
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
     trained = [is_trained(sample, config) for _, sample in pairs]
-    lengths = [sample.drawn for _, sample in pairs]
+    lengths = [sample.num_generated for _, sample in pairs]
     rewards = [sample.known_reward() for _, sample in pairs]
-    engine = (np.asarray(sample.of_drawn(sample.rollout_logprobs)) for _, sample in pairs)
+    engine = (np.asarray(sample.select_generated(sample.rollout_logprobs)) for _, sample in pairs)
     rollout_logp = tuple(torch.tensor(logprobs, dtype=torch.float32) for logprobs in engine)
     old_logp = rollout_logp if old is None else old.logp
     statistics = group_statistics(
@@ -160,7 +160,7 @@ def _trained_rewards(
 ) -> list[float]:
     """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward".
 
-    lengths: tokens of the whole responses, which the overlong penalty limits. The KL covers only tokens that the model drew.
+    lengths: tokens of the whole responses, which the overlong penalty limits. The KL covers only generated tokens.
     """
     objective, limit = config.objective, config.rollout.max_response_tokens
     buffer, factor = config.reward.overlong_buffer, config.reward.overlong_penalty

@@ -31,9 +31,9 @@ from etr_megatron.config import (
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import refuse_all
-from etr_megatron.platform.world import number_apart
-from etr_megatron.served import check_served
-from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
+from etr_megatron.platform.world import server_node_index
+from etr_megatron.sglang_support import check_sglang_support
+from etr_megatron.types import MAX_REPLAYED_EXPERTS, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
@@ -91,7 +91,7 @@ def check_model(config: Config, world_size: int, *, trains: bool = True) -> None
         check_fields(architecture, config)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         try:
-            check_served(model, architecture, config.sglang)
+            check_sglang_support(model, architecture, config.sglang)
         except ValueError as error:
             raise UserError(f"a server cannot split {model}: {error}") from None
     check_checkpoint(name, values=True)
@@ -264,10 +264,10 @@ def check_routing(model: str, experts: Experts, config: Config) -> None:
         check_fields_without_dense_layers(model, config)
     if not experts.shared_size:
         check_fields_without_shared_expert(model, config)
-    if config.train.routing_replay and experts.count > MOST_REPLAYED:
+    if config.train.routing_replay and experts.count > MAX_REPLAYED_EXPERTS:
         raise UserError(
-            f"{model} has {experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay supports; set it to "
-            "false"
+            f"{model} has {experts.count} experts, more than the {MAX_REPLAYED_EXPERTS} that train.routing_replay "
+            "supports; set it to false"
         )
     if config.train.moe_aux_loss_coef and experts.expert_bias:
         # Megatron computes this loss from the experts that would be chosen without the biases.
@@ -347,12 +347,12 @@ def check_replay(config: Config, steps: int) -> None:
         raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
 
 
-def nodes_apart(config: Config) -> int:
+def dedicated_nodes(config: Config) -> int:
     """Number of dedicated server nodes, which have no training ranks."""
     return config.sglang.dedicated_nodes if has_servers(config) else 0
 
 
-def nodes_grouped(config: Config) -> int:
+def nodes_per_server(config: Config) -> int:
     """Number of nodes that each server spans, if every node runs a part of a server. Else 1: for dedicated nodes, the config's
     rules check the number."""
     return config.sglang.nodes_per_server if has_servers(config) and config.sglang.nodes == "every" else 1
@@ -367,12 +367,12 @@ def starts_servers(config: Config) -> bool:
     """Whether this node starts servers; without torchrun it counts as the first node."""
     if not has_servers(config):
         return False
-    if apart := nodes_apart(config):
-        return number_apart(apart) is not None
+    if dedicated := dedicated_nodes(config):
+        return server_node_index(dedicated) is not None
     return config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
 
 
-def meets_servers_in_nccl(config: Config) -> bool:
+def syncs_over_process_groups(config: Config) -> bool:
     """Whether weight syncs use process groups of training ranks and servers. On GPUs these use NCCL."""
     engine = config.rollout.backend == "sglang" and config.rollout.replay is None
     return engine and sync_of(config.sglang) in ("broadcast", "sharded")

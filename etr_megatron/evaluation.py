@@ -85,9 +85,9 @@ def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> d
 def best_steps(rows: Iterable[Mapping[str, Any]], metric: str) -> list[int]:
     """Steps of the rows that have `metric`, the best first. Ties are broken by the mean evaluation reward, then by the later
     step."""
-    judged = [row for row in rows if row.get(metric) is not None]
-    judged.sort(key=lambda row: (row[metric], row.get("eval_reward_mean") or 0.0, row["step"]), reverse=True)
-    return [row["step"] for row in judged]
+    evaluated = [row for row in rows if row.get(metric) is not None]
+    evaluated.sort(key=lambda row: (row[metric], row.get("eval_reward_mean") or 0.0, row["step"]), reverse=True)
+    return [row["step"] for row in evaluated]
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:

@@ -43,7 +43,7 @@ def import_function(path: str) -> Callable[..., Any]:
     return found
 
 
-def takes(function: Callable[..., Any], arguments: int, names: Iterable[str] = ()) -> bool:
+def accepts_arguments(function: Callable[..., Any], arguments: int, names: Iterable[str] = ()) -> bool:
     """Whether a function can be called with `arguments` positional arguments and these named ones."""
     try:
         inspect.signature(function).bind(*[None] * arguments, **dict.fromkeys(names))
@@ -63,7 +63,7 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
     return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
-def answering(
+def request_handler(
     function: Callable[..., Any],
     ask: Callable[[Any], Any],
     accept: Callable[[Any], Any],
@@ -82,14 +82,14 @@ def answering(
         except _USERS_ERRORS as error:
             return refuse(error)
 
-    async def answer_at_once(request: Any) -> Any:
+    async def answer_async(request: Any) -> Any:
         try:
             return accept(await ask(request))
         except _USERS_ERRORS as error:
             return refuse(error)
 
     is_coroutine_function = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    return answer_at_once if is_coroutine_function else answer
+    return answer_async if is_coroutine_function else answer
 
 
 def _awaited(value: Any, runner: asyncio.Runner) -> Any:
@@ -101,7 +101,7 @@ def _awaited(value: Any, runner: asyncio.Runner) -> Any:
     return runner.run(result()) if inspect.isawaitable(value) else value
 
 
-def raised(path: str, error: BaseException) -> str:
+def error_message(path: str, error: BaseException) -> str:
     """A message about the error that the function at `path` raised, with the last line of its own module in the traceback."""
     file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]

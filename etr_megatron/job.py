@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
-from etr_megatron.checks import nodes_apart
-from etr_megatron.config import Config, doubts, resolved
+from etr_megatron.checks import dedicated_nodes
+from etr_megatron.config import Config, config_warnings, resolved
 from etr_megatron.data import (
     AnyCursor,
     BlendedCursor,
@@ -30,10 +30,10 @@ from etr_megatron.data import (
 from etr_megatron.environment import EnvironmentPool
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
-from etr_megatron.platform.attendance import Attendance
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.all_ranks import on_all_ranks
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.platform.preemption import StopRequest
-from etr_megatron.platform.together import together
+from etr_megatron.platform.rank_liveness import RankLiveness
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
 
@@ -92,20 +92,20 @@ class _Workers:
 
 
 def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack) -> None:
-    from etr_megatron.ending import Ending
     from etr_megatron.policy import Policy, configured_layout
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.policy.packed_attention import require_packed_attention
     from etr_megatron.problem_sets import open_sets
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.stops import StopStrings
+    from etr_megatron.termination import RunTermination
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
     stop = StopRequest()
     phases = _join(config, stop)
     # Not before all ranks have joined: SIGTERM ends those that have not, and the others would wait for them until the grace
-    # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting,
+    # period is over. Later, torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further barrier,
     # so the others cannot stop there with a checkpoint.
     stack.enter_context(stop.on_sigterm(config.run.stop_grace_s, given_up))
     require_fp8(config.fp8)  # this and the next before spending minutes on server startup
@@ -116,16 +116,16 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
-    together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
-    ending = Ending(config, directory, Attendance.of_job(), stop)
-    stack.enter_context(ending.before_a_step())
+    on_all_ranks(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
+    termination = RunTermination(config, directory, RankLiveness.of_job(), stop)
+    stack.enter_context(termination.during_startup())
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
-    phases.meet("start of the rollout engine")
+    phases.barrier("start of the rollout engine")
     engine = None
     if config.rollout.replay is None:
         stops = stop_ids, StopStrings(config.rollout.stop_strings, tokenizer.decode)
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stops, directory, stop, nodes)))
-    phases.meet("loading of the model")
+    phases.barrier("loading of the model")
     cursor = _cursor(config, problems)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     dialogues = None
@@ -146,19 +146,20 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack)
         stop_request=stop,
         phases=phases,
     )
-    stack.callback(trainer.close)  # after `ending` has noted an error: other ranks may fail because of it
+    stack.callback(trainer.close)  # after `termination` has recorded an error: other ranks may fail because of it
     # Modules and the model live to the end. Full garbage collections would scan them and stall this rank, and so all ranks.
     gc.freeze()
     gc.enable()
-    ending.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
+    termination.run(trainer.run, lambda: trainer.trained, lambda: trainer.has_begun)
 
 
-def _join(config: Config, stop: StopRequest) -> Phases:
+def _join(config: Config, stop: StopRequest) -> PhaseBarriers:
     """Join the job's world; returns when all ranks have. SIGTERM ends a rank that waits here at once."""
     from etr_megatron.policy import init_world
 
     init_world(config.run.phase_timeout_s)
-    return Phases(config.run.phase_timeout_s, must_stop=stop)  # connects all ranks; NCCL would connect them only when used
+    # This connects all ranks; NCCL would connect them only when used.
+    return PhaseBarriers(config.run.phase_timeout_s, must_stop=stop)
 
 
 def _cursor(config: Config, problems: ProblemSet) -> AnyCursor:
@@ -172,8 +173,8 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
     """Lock the run directory for this job until `stack` closes. Raises UserError if another job is running there."""
     stack.enter_context(directory.locked())  # before anything there is changed
     directory.prepare(config)
-    for doubt in doubts(config):
-        print(f"warning: {doubt}", file=sys.stderr)
+    for warning in config_warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> ServerNodes | None:
@@ -181,10 +182,10 @@ def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> Server
     job."""
     from etr_megatron.rollout.sglang import ServerNodes
 
-    if not (apart := nodes_apart(config)):
+    if not (dedicated := dedicated_nodes(config)):
         return None
-    nodes = stack.enter_context(ServerNodes(apart, config.sglang))
-    stop.heed(nodes.asked_to_stop)
+    nodes = stack.enter_context(ServerNodes(dedicated, config.sglang))
+    stop.add_source(nodes.asked_to_stop)
     return nodes
 
 

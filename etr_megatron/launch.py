@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import check_inputs, nodes_apart, nodes_grouped, starts_servers
+from etr_megatron.checks import check_inputs, dedicated_nodes, nodes_per_server, starts_servers
 from etr_megatron.cli import LAUNCHER_USAGE, asks_for_help, last_of_each, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.platform.world import place_of
-from etr_megatron.quick_checks import beside_inputs
-from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
+from etr_megatron.platform.world import node_role
+from etr_megatron.quick_checks import adding_input_problems
+from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status, run_and_exit, run_cli
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,10 +58,10 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest, LAUNCHER_USAGE)
     overrides = last_of_each(overrides)  # the ranks get these, and do not repeat the note
-    with beside_inputs():
+    with adding_input_problems():
         config = load_config(config_path, overrides)
     # Called for its UserError: this job has one node, which cannot be dedicated to servers or run a part of a spanning server.
-    place_of(nodes_apart(config), nodes_grouped(config))
+    node_role(dedicated_nodes(config), nodes_per_server(config))
 
     import torch  # slow, so only after the config is known to be valid
 
@@ -71,7 +71,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
         raise UserError(f"--nproc {nproc}: this machine has {gpus} GPUs, and every process needs one of its own")
     if not gpus:
         _refuse_more_than_fit(nproc, asked is not None)
-    with beside_inputs():
+    with adding_input_problems():
         config = resolve(config, nproc, cuda=gpus > 0)
     check_inputs(config, nproc)
     return nproc, config_path, overrides, config.run.stop_grace_s
@@ -174,4 +174,4 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: code_of_printing(main))
+    run_and_exit(lambda: run_cli(main))

@@ -11,7 +11,7 @@ from etr_megatron.config import Config, Source, sources_of
 from etr_megatron.data import ProblemSet, columns_without_values, open_problems, refuse_columns_of_no_set
 from etr_megatron.errors import UserError
 from etr_megatron.evaluation import HeldOut
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.types import Problem
 
@@ -81,4 +81,4 @@ def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
                     "same data and tokenizer files"
                 )
 
-    together(compare)
+    on_all_ranks(compare)

@@ -20,14 +20,14 @@ from etr_megatron.config import EVALUATED, Config, InvalidConfigError, Source, s
 from etr_megatron.observe import require_wandb
 from etr_megatron.platform.files import problems_of
 
-_MOST_BYTES = 16 * 2**20
+_MAX_FILE_BYTES = 16 * 2**20
 """Largest data file whose rows are checked; it takes about a second."""
 
 _COLUMNS = ("data.prompt_column", "data.answer_column", "data.id_column", "reward.columns")
 
 
 @contextmanager
-def beside_inputs() -> Iterator[None]:
+def adding_input_problems() -> Iterator[None]:
     """Extend an InvalidConfigError raised inside the block with the problems of the config's inputs.
 
     Runs only quick checks, so that a user with a misspelled key does not wait until a large model or data set is read. Skips
@@ -37,8 +37,8 @@ def beside_inputs() -> Iterator[None]:
         yield
     except InvalidConfigError as error:
         checks = _quick_checks(error.config)
-        problems = problems_of(check for check, keys in checks if error.doubtful.isdisjoint(keys))
-        raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
+        problems = problems_of(check for check, keys in checks if error.unreliable_keys.isdisjoint(keys))
+        raise error.with_problems([line for problem in problems for line in problem.splitlines()]) from None
 
 
 def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:
@@ -69,5 +69,5 @@ def _check_model_files(config: Config) -> None:
 def _check_file(source: Source, config: Config, *, exists: bool) -> None:
     """Check a data file that does not exist, or the rows of one that does and is small."""
     path = Path(source.location)
-    if path.exists() == exists and not (exists and path.stat().st_size > _MOST_BYTES):
+    if path.exists() == exists and not (exists and path.stat().st_size > _MAX_FILE_BYTES):
         check_source(source, config)

@@ -70,7 +70,7 @@ def exit_code_of(body: Callable[[], int | None]) -> int:
         signal.signal(signal.SIGINT, before)
 
 
-def code_of_printing(main: Callable[[], int]) -> int:
+def run_cli(main: Callable[[], int]) -> int:
     """Run a command that prints, and return its exit code: the code of `main`; 141, as after SIGPIPE, if the reader has closed
     the pipe; 2, with a message, if stdout goes to a full disk. Escapes characters that are not in stdout's encoding."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -93,7 +93,7 @@ def code_of_printing(main: Callable[[], int]) -> int:
     return code
 
 
-def run_and_leave(main: Callable[[], int]) -> NoReturn:
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end the process with its exit code; with 1 and a traceback after an exception.
 
     Skips the interpreter's shutdown, which aborts while threads of torch.distributed or pyarrow are running, and waits for

@@ -10,17 +10,17 @@ from etr_megatron import platform
 from etr_megatron.checks import (
     check_inputs,
     check_server_node,
-    meets_servers_in_nccl,
-    nodes_apart,
-    nodes_grouped,
+    dedicated_nodes,
+    nodes_per_server,
+    syncs_over_process_groups,
 )
 from etr_megatron.cli import USAGE, asks_for_help, last_of_each, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
-from etr_megatron.platform.world import Place, place_of
-from etr_megatron.quick_checks import beside_inputs
-from etr_megatron.status import exit_code_of, run_and_leave
+from etr_megatron.platform.world import NodeRole, node_role
+from etr_megatron.quick_checks import adding_input_problems
+from etr_megatron.status import exit_code_of, run_and_exit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,21 +48,21 @@ def _run(argv: list[str]) -> int:
     path, overrides = parse_args(argv)
     if os.environ.get("RANK", "0") == "0":  # one note is enough
         last_of_each(overrides)
-    with beside_inputs():
+    with adding_input_problems():
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
-    if meets_servers_in_nccl(config):
+    if syncs_over_process_groups(config):
         prepare_for_groups_with_servers()
-    apart = nodes_apart(config)
-    place = place_of(apart, nodes_grouped(config))
-    if apart:  # the training world excludes these nodes
-        os.environ["WORLD_SIZE"] = str(place.ranks)
-    with beside_inputs():
-        config = resolve(config, place.ranks, cuda=platform.uses_cuda())
-    if place.apart is not None:
-        return _serve(config, place)
+    dedicated = dedicated_nodes(config)
+    role = node_role(dedicated, nodes_per_server(config))
+    if dedicated:  # the training world excludes these nodes
+        os.environ["WORLD_SIZE"] = str(role.training_ranks)
+    with adding_input_problems():
+        config = resolve(config, role.training_ranks, cuda=platform.uses_cuda())
+    if role.server_node is not None:
+        return _serve(config, role)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        check_inputs(config, place.ranks)
+        check_inputs(config, role.training_ranks)
     require_torchrun("etr_megatron.train")
     # Garbage collection while 4,000 modules load would take a fifth of the time to the first step.
     gc.disable()
@@ -72,16 +72,16 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _serve(config: Config, place: Place) -> int:
+def _serve(config: Config, role: NodeRole) -> int:
     """Run a dedicated server node: local rank 0 runs the servers; the other processes return at once."""
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return 0
     from etr_megatron.rollout.sglang import ServerNode
 
-    assert place.apart is not None
-    node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s, patience_s=config.run.phase_timeout_s)
-    return node.serve(lambda: check_server_node(config, place.ranks))
+    assert role.server_node is not None
+    node = ServerNode(role.server_node, config.sglang, config.run.stop_grace_s, patience_s=config.run.phase_timeout_s)
+    return node.serve(lambda: check_server_node(config, role.training_ranks))
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -13,10 +13,10 @@ from etr_megatron.batching import build_batch, minibatches, routing_of, sequence
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
-from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
+from etr_megatron.metrics import check_logprob_gap, generated_by_version, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch, profiled
 from etr_megatron.platform.files import path_errors
-from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.platform.phases import PhaseBarriers, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, StepRouting, Update
 from etr_megatron.rollout import (
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MOST_COMEBACKS = 32
-"""Most times that servers are brought back to draw the same responses. A prompt that kills servers kills those that it was
+MAX_SERVER_RESTARTS = 32
+"""Maximum restarts of servers to generate the same responses. A prompt that kills servers kills those that it was
 spread over, and at most two more."""
 
-ROLL_CALL_S = 60.0
-"""Seconds for all ranks to meet while none of them is busy."""
+IDLE_BARRIER_TIMEOUT_S = 60.0
+"""Timeout of a barrier while no rank is busy."""
 
 
 class Trainer:
@@ -66,7 +66,7 @@ class Trainer:
         dialogues: Dialogues | None = None,
         recorder: Callable[[int], Recorder] | None,
         stop_request: StopRequest,
-        phases: Phases,
+        phases: PhaseBarriers,
     ) -> None:
         """stop_request: this rank's, inside its `on_sigterm` block. phases: barriers, which check the stop requests."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
@@ -100,38 +100,38 @@ class Trainer:
         except StopAskedError as error:  # there is nothing to save yet
             raise RequeueError(f"{error}: start again with the same command to continue") from error
         try:
-            self._roll_out_only() if self.config.rollout.only else self._run_steps()
+            self._run_rollout_only() if self.config.rollout.only else self._run_steps()
         except (EngineGoneError, StopAskedError) as error:
-            self._save_what_is_trained()
+            self._save_trained_state()
             raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to continue") from error
         except RefusedError:  # a restart would not help
-            self._save_what_is_trained()
+            self._save_trained_state()
             raise
         except (UngradedError, OtherModelError):
             if self.trained:  # else the run starts from the beginning after the fix
-                self._save_what_is_trained()
+                self._save_trained_state()
             raise
         except SyncError:
-            if self.trained and self._all_are_left():
-                self._save_what_is_trained()
+            if self.trained and self._all_ranks_alive():
+                self._save_trained_state()
             raise
 
     def close(self) -> None:
         """After `run`, also if it raised: wait for a checkpoint that is being written. Not a collective."""
         self._saver.close()
 
-    def _all_are_left(self) -> bool:
-        """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""
-        self._phases.stop_asking()
+    def _all_ranks_alive(self) -> bool:
+        """Whether all ranks can still save after a failed weight sync, which may have lost a rank or left one hanging."""
+        self._phases.ignore_stop_requests()
         try:
-            self._phases.meet("checkpoint after a failed weight sync", within_s=ROLL_CALL_S)
+            self._phases.barrier("checkpoint after a failed weight sync", within_s=IDLE_BARRIER_TIMEOUT_S)
         except (TimeoutError, ConnectionError) as error:
             logger.warning("training since the last checkpoint is lost: %s", error)
             return False
         return True
 
-    def _save_what_is_trained(self) -> None:
-        self._phases.stop_asking()
+    def _save_trained_state(self) -> None:
+        self._phases.ignore_stop_requests()
         if self.step > self.trained:
             self.sampler.put_back(self.step)
         self.step = self.trained
@@ -147,7 +147,7 @@ class Trainer:
     def _run_steps(self) -> None:
         self._sync()
         start = {f"{key}_start": value for key, value in self._evaluate().items()} if self.step == 0 else {}
-        self._make_up_for_evaluation()
+        self._run_missed_evaluation()
         self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
@@ -164,7 +164,7 @@ class Trainer:
         rollouts, engine = self._roll_out(), self._engine_metrics()
         batch, updates = self._train(rollouts.groups)
         row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | engine | start
-        self._keep(rollouts, batch)
+        self._write_record(rollouts, batch)
         self.trained = self._version = self.step
         self._unrecorded = row, rollouts.groups
         self._sync()
@@ -174,14 +174,14 @@ class Trainer:
         if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
             self._save()
 
-    def _roll_out_only(self) -> None:
+    def _run_rollout_only(self) -> None:
         """Rollouts and rewards of the remaining steps, all under the current weights."""
         self._sync()
         self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
             rollouts, engine = self._roll_out(), self._engine_metrics()
-            self._keep(rollouts)
+            self._write_record(rollouts)
             row = rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts | engine
             self._record(row, rollouts.groups)
             if self._recorder is not None:
@@ -190,35 +190,36 @@ class Trainer:
                 )
             self.trained = self.step
 
-    def _meet(self, phase: str) -> None:
-        """Meet the other ranks before the phase. Raises, on all ranks, the error of a checkpoint that is being written."""
-        self._phases.meet(phase)
+    def _barrier(self, phase: str) -> None:
+        """Wait for the other ranks before the phase. Raises, on all ranks, the error of a checkpoint that is being written."""
+        self._phases.barrier(phase)
         self._saver.check()
 
     def _roll_out(self) -> Rollouts:
-        self._meet(f"rollout of step {self.step}")
+        self._barrier(f"rollout of step {self.step}")
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _engine_metrics(self) -> dict[str, float]:
         """The engine's metrics. Call it right after a step's rollout, because the next sync brings failed servers back."""
         return {} if self.engine is None else self.engine.metrics()
 
-    def _with_servers(self, draw: Callable[[], T]) -> T:
-        """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again.
+    def _with_servers(self, generate: Callable[[], T]) -> T:
+        """Call `generate`; if servers have to be restarted for it, sync the same weights and call it again.
 
-        Raises EngineGoneError if `draw` still fails after servers were brought back `MOST_COMEBACKS` times.
+        Raises EngineGoneError if `generate` still fails after servers were brought back `MAX_SERVER_RESTARTS` times.
         """
-        comebacks = 0
+        restarts = 0
         while True:
             try:
-                return draw()
+                return generate()
             except NeedsSyncError as error:
-                if comebacks == MOST_COMEBACKS:
+                if restarts == MAX_SERVER_RESTARTS:
                     raise EngineGoneError(
-                        f"{error}; servers were brought back {MOST_COMEBACKS} times for the same responses and died again each "
-                        "time: see their logs in servers/ of the run's directory, and the problems in suspicions.json there"
+                        f"{error}; servers were brought back {MAX_SERVER_RESTARTS} times for the same responses and died again "
+                        "each time: see their logs in servers/ of the run's directory, and the problems in suspicions.json "
+                        "there"
                     ) from error
-                comebacks += 1
+                restarts += 1
                 if self._recorder is not None:
                     logger.warning("%s", error)
                 self._sync()
@@ -226,7 +227,7 @@ class Trainer:
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Compute the old (and reference) log-probs before the first update, if they are needed, then run the updates."""
         with self._watch.phase("train"):
-            self._meet(f"training of step {self.step}")
+            self._barrier(f"training of step {self.step}")
             if self.engine is not None:
                 self.sampler.cut_off()
                 self.engine.release()
@@ -243,7 +244,7 @@ class Trainer:
                     reference = self.policy.logprobs(sequences, reference=True)
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
-                self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
+                self._gate = not check_logprob_gap(batch, self.config, generated_by_version(groups, self.step - 1))
             if by_engine:
                 batch = batch.relative_to_engine()
             if self._recorder is not None and not batch.weight.any():
@@ -275,7 +276,7 @@ class Trainer:
         if self.engine is None:
             return
         with self._watch.phase("sync"):
-            self._meet(f"weight sync of step {self.step}")
+            self._barrier(f"weight sync of step {self.step}")
             self.sampler.pause()
             self.policy.offload()
             self.engine.update_weights(self.policy.export(), version=self._version, must_stop=self._stop_request)
@@ -285,7 +286,7 @@ class Trainer:
         """Evaluation metrics under the engine's current weights, on rank 0; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
-        self._meet(f"evaluation after step {self.step}")
+        self._barrier(f"evaluation after step {self.step}")
         sets = evaluate(
             self.engine,
             self._held_out,
@@ -308,7 +309,7 @@ class Trainer:
         every = self.config.eval.every
         return bool(every) and (step % every == 0 or step == self.config.run.steps)
 
-    def _make_up_for_evaluation(self) -> None:
+    def _run_missed_evaluation(self) -> None:
         """Evaluate after the resumed step if its row shows that the run stopped before that step's evaluation."""
         if self.step == 0 or not self._is_evaluated(self.step):
             return
@@ -323,7 +324,7 @@ class Trainer:
         times = self._watch.lap()
         if self._recorder is None:
             return
-        tokens = sum(sample.drawn for group in groups for sample in group.samples)
+        tokens = sum(sample.num_generated for group in groups for sample in group.samples)
         speed = {}
         if not self.config.rollout.only:
             speed = training_speed(self.policy, groups, self.config, times["time_train"])
@@ -334,7 +335,7 @@ class Trainer:
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
             self._directory.save_rollouts(self.step, groups[: observe.rollouts_groups])
 
-    def _keep(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
+    def _write_record(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
         """Record the step's groups, with the trainer's log-probs if there are any."""
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):
@@ -343,7 +344,7 @@ class Trainer:
             write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
 
     def _save(self) -> None:
-        self._meet(f"checkpoint of step {self.step}")
+        self._barrier(f"checkpoint of step {self.step}")
         self._saver.finish()  # its step may be one of the best
         best = self._best_saved() if self._recorder is not None else ()
         self._saver.save(self._directory.checkpoints, self.step, self.policy, self.sampler.state_dict(), best)
@@ -380,10 +381,10 @@ class Trainer:
             if reached is not None and reached.version == self._version:
                 self.sampler.load_state_dict(reached.sampler)
                 self.step = self.trained = reached.step
-        self._phases.meet("resume")
+        self._phases.barrier("resume")
         self.has_begun = True
         if self._open_recorder is not None:
-            self._directory.cut_back(self.step)
+            self._directory.truncate_after(self.step)
             self._directory.continue_with(self.config, self.step)
             if self.step >= self.config.run.steps:
                 print(

@@ -31,7 +31,7 @@ def further_keys(message: Mapping[str, Any]) -> list[str]:
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
 """A model directory with a tokenizer has at least one of these."""
 
-MOST_REPLAYED = 256
+MAX_REPLAYED_EXPERTS = 256
 """Maximum number of experts in `Sample.routing`, which stores one byte per choice to save memory."""
 
 
@@ -61,7 +61,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Sample:
-    """One response to a prompt: the tokens that the model drew and, with an environment, the replies between its turns.
+    """One response to a prompt: the tokens that the model generated and, with an environment, the replies between its turns.
 
     index: position in the group; the group and the index seed the sampling.
     response_ids: all token ids after the prompt, the end-of-sequence token included when `finish_reason` is "stop".
@@ -69,13 +69,13 @@ class Sample:
         top-p/top-k), same length as `response_ids`; 0 for tokens of replies.
     finish_reason: "abort" marks an unfinished response, "turn" a response that waits for the environment's reply. Groups that
         are trained on have neither.
-    weight_version: version of the weights that the last token was drawn from.
+    weight_version: version of the weights that the last token was sampled from.
     weight_versions: the version of each token if the response was continued after a weight sync; else empty.
     routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
         Covers the prompt and the response without its last token; shorter or empty if the engine did not report them all.
-        Rank 0 has it; on other ranks it may be missing in samples that they did not draw themselves.
+        Rank 0 has it; on other ranks it may be missing in samples that they did not generate themselves.
     reward_parts: further numbers that the user's reward function returned, by name.
-    loss_mask: for each response token, 1 if the model drew it, 0 if it belongs to a reply; empty if the model drew all.
+    loss_mask: for each response token, 1 if the model generated it, 0 if it belongs to a reply; empty if it generated all.
     messages: with an environment, the model's turns and the replies, in order; else empty.
     environment_status: status of the last call of the environment for this response; None if there was none.
 
@@ -110,17 +110,17 @@ class Sample:
         return self.reward
 
     def token_versions(self) -> array[int]:
-        """Version of the weights that each response token was drawn from."""
+        """Version of the weights that each response token was sampled from."""
         return self.weight_versions or array("i", [self.weight_version]) * len(self.response_ids)
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will be drawn for this response."""
+        """Whether nothing more will be generated for this response."""
         return self.finish_reason in ("stop", "length")
 
     @property
-    def drawn(self) -> int:
-        """Number of response tokens that the model drew."""
+    def num_generated(self) -> int:
+        """Number of response tokens that the model generated."""
         return sum(self.loss_mask) if self.loss_mask else len(self.response_ids)
 
     @property
@@ -130,26 +130,26 @@ class Sample:
 
     @property
     def turns(self) -> int:
-        """Number of the model's turns: runs of tokens that it drew."""
-        return sum(is_drawn for is_drawn, _ in groupby(self.loss_mask)) if self.loss_mask else 1
+        """Number of the model's turns: runs of tokens that it generated."""
+        return sum(is_generated for is_generated, _ in groupby(self.loss_mask)) if self.loss_mask else 1
 
     @property
     def turn_begin(self) -> int:
         """Number of response tokens before the model's last turn. That turn may have no tokens yet."""
         return bytes(self.loss_mask).rfind(b"\0") + 1
 
-    def of_drawn(self, values: Sequence[T]) -> Sequence[T]:
-        """From values with one entry per response token, the entries of the tokens that the model drew."""
-        return of_drawn(values, self.loss_mask)
+    def select_generated(self, values: Sequence[T]) -> Sequence[T]:
+        """From values with one entry per response token, the entries of the tokens that the model generated."""
+        return select_generated(values, self.loss_mask)
 
 
-def of_drawn(values: Sequence[T], loss_mask: Sequence[int]) -> Sequence[T]:
+def select_generated(values: Sequence[T], loss_mask: Sequence[int]) -> Sequence[T]:
     """The values at positions where `loss_mask` is 1; all values if it is empty."""
     return list(compress(values, loss_mask)) if loss_mask else values
 
 
-def insert(sample: Sample, ids: Sequence[int]) -> None:
-    """Append tokens that the model did not draw (in place; the caller owns the sample)."""
+def append_reply_tokens(sample: Sample, ids: Sequence[int]) -> None:
+    """Append tokens that the model did not generate (in place; the caller owns the sample)."""
     versions = sample.token_versions()
     sample.loss_mask = (sample.loss_mask or array("B", [1]) * len(sample.response_ids)) + array("B", [0]) * len(ids)
     sample.response_ids.extend(ids)
@@ -159,7 +159,7 @@ def insert(sample: Sample, ids: Sequence[int]) -> None:
 
 
 class TokenSequence(NamedTuple):
-    """A sample's tokens as the policy sees them. loss_mask: see `Sample`; only tokens that the model drew are predicted."""
+    """A sample's tokens as the policy sees them. loss_mask: see `Sample`; only generated tokens are predicted."""
 
     prompt: Sequence[int]
     response: Sequence[int]
@@ -172,7 +172,7 @@ class TokenSequence(NamedTuple):
 
 
 AnySequence = TokenSequence | tuple[Sequence[int], Sequence[int]]
-"""A `TokenSequence`, or (prompt ids, response ids) if the model drew all of the response; `TokenSequence(*one)` takes both."""
+"""A `TokenSequence`, or (prompt ids, response ids) if all of the response is generated; `TokenSequence(*one)` takes both."""
 
 
 @dataclass(slots=True)
@@ -187,6 +187,6 @@ class Group:
     samples: list[Sample]
 
     @property
-    def is_flat(self) -> bool:
+    def has_zero_variance(self) -> bool:
         """Whether all rewards in the group statistics are equal, so that advantages and gradient are zero."""
         return len({sample.reward for sample in self.samples if not sample.call_failed}) <= 1

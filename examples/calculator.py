@@ -23,7 +23,7 @@ _OPERATORS: dict[type, Any] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-_MOST_DIGITS = 300
+_MAX_DIGITS = 300
 
 
 def reply(messages: list[dict[str, str]], answer: str, columns: dict[str, Any]) -> list[dict[str, str]] | None:
@@ -57,13 +57,13 @@ def _value(node: ast.expr) -> int | float:
         return _OPERATORS[type(node.op)](_value(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _value(node.left), _value(node.right)
-        if isinstance(node.op, ast.Pow) and abs(right) > _MOST_DIGITS:
-            raise ValueError(f"exponents must be at most {_MOST_DIGITS}")
+        if isinstance(node.op, ast.Pow) and abs(right) > _MAX_DIGITS:
+            raise ValueError(f"exponents must be at most {_MAX_DIGITS}")
         return _small(_OPERATORS[type(node.op)](left, right))
     raise ValueError("only numbers, parentheses and + - * / // % ** are allowed")
 
 
 def _small(number: Any) -> int | float:
-    if isinstance(number, complex) or abs(number) >= 10**_MOST_DIGITS:
-        raise ValueError(f"numbers must be real and have at most {_MOST_DIGITS} digits")
+    if isinstance(number, complex) or abs(number) >= 10**_MAX_DIGITS:
+        raise ValueError(f"numbers must be real and have at most {_MAX_DIGITS} digits")
     return number

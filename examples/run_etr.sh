@@ -26,8 +26,8 @@ if importlib.util.find_spec("etr_megatron") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from etr_megatron.status import run_and_leave
+    from etr_megatron.status import run_and_exit
     from etr_megatron.train import main
 
-    run_and_leave(main)
+    run_and_exit(main)
 # end of the Python part

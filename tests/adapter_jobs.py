@@ -11,7 +11,7 @@ import torch
 
 from etr_megatron import checkpoint
 from etr_megatron.errors import UserError
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.policy import Policy
 from tests.late_writes import held_back
 from tests.policy_jobs import build, make_batch
@@ -80,7 +80,7 @@ def resumed_scales(model: str, folder: str, recipes: tuple[str, str]) -> tuple[d
 
     (before, layers), (after, again) = map(built, recipes)
     with mock.patch.multiple(RowParallelLinear, get_extra_state=own, set_extra_state=take):
-        saver = checkpoint.Saver(before.config, Phases(60))
+        saver = checkpoint.Saver(before.config, PhaseBarriers(60))
         with held_back():
             saver.save(Path(folder), 0, before, {}, ())
             had = {name: own(layer).tolist() for layer, name in layers.items()}

@@ -14,7 +14,7 @@ import torch
 
 from etr_megatron.convert import Ranks, to_adapter, to_hf, to_megatron, verify
 from etr_megatron.convert.comparison import Verification
-from etr_megatron.status import run_and_leave
+from etr_megatron.status import run_and_exit
 from tests.hf_models import random_sequences
 from tests.reads import bytes_read_by
 
@@ -51,7 +51,7 @@ def full_on_rank_1() -> int | None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     try:
-        ranks.together(write)
+        ranks.on_all_ranks(write)
     except OSError as error:
         return error.errno
 
@@ -200,4 +200,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

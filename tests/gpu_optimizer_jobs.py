@@ -27,7 +27,7 @@ optimizer_config.is_te_min_version = lambda *_args, **_kwargs: True
 
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
-from etr_megatron.platform.phases import Phases  # noqa: E402
+from etr_megatron.platform.phases import PhaseBarriers  # noqa: E402
 from etr_megatron.policy import Policy  # noqa: E402
 from tests import policy_jobs  # noqa: E402
 from tests.hf_models import random_sequences  # noqa: E402
@@ -172,7 +172,7 @@ def train_with_rollouts_between(model: str, overrides: list[str], there: str, ki
     plain = build(model, overrides, kind)
     overrides = [*overrides, "train.offload_for_rollout=true", "sglang.placement=colocated", "checkpoint.asynchronous=true"]
     policy = build(model, overrides, kind)
-    saver = checkpoint.Saver(policy.config, Phases(60))
+    saver = checkpoint.Saver(policy.config, PhaseBarriers(60))
     buffers = [buffer for chunk in policy._ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     checkpoint.save(Path(there), 0, policy, {}, keep=2)
     found: dict[str, Any] = {"plain": [], "updates": [], "gradients": [], "moved": [], "weights": []}

@@ -22,7 +22,7 @@ from etr_megatron import checkpoint
 from etr_megatron.checkpoint import Saver
 from etr_megatron.checkpoint.saver import _Pending
 from etr_megatron.checkpoint.saving import _Writer
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from tests.hang import Hang
 from tests.hf_models import random_sequences
 from tests.late_writes import held_back
@@ -40,7 +40,7 @@ def saved_at_once_and_later(model: str, overrides: list[str], folder: str) -> di
     before = {name: tensor.clone() for name, tensor in policy.export()}
     state = {"cursor": [3, 1]}
     checkpoint.save(Path(folder, "at_once"), 1, policy, state, keep=1)
-    saver = Saver(policy.config, Phases(60))
+    saver = Saver(policy.config, PhaseBarriers(60))
     with held_back():
         saver.save(Path(folder, "later"), 1, policy, state, ())
         state["cursor"].append(7)
@@ -112,7 +112,7 @@ def _checked_until_it_fails(saver: Saver) -> str:
 def disk_full(model: str, folder: str, number: int) -> dict[str, Any]:
     """Step 1 is saved; step 2 fails on rank 1 with this error; then step 3 finds room."""
     policy, there = build(model, ["parallel.tp=2", ASYNCHRONOUS, "checkpoint.keep=5"]), Path(folder)
-    saver = Saver(policy.config, Phases(60))
+    saver = Saver(policy.config, PhaseBarriers(60))
     saver.save(there, 1, policy, {}, ())
     with _fail_on_rank1(number):
         saver.save(there, 2, policy, {}, ())
@@ -142,7 +142,7 @@ def test_an_error_of_another_kind_reaches_every_rank_too(gangs, hf_models, tmp_p
 def disk_hangs(model: str, folder: str) -> str:
     """The error on this rank if rank 1's disk takes longer than the deadline."""
     policy, there = build(model, ["parallel.tp=2", ASYNCHRONOUS]), Path(folder)
-    saver, hang = Saver(policy.config, Phases(60)), Hang()
+    saver, hang = Saver(policy.config, PhaseBarriers(60)), Hang()
     saver._writers._timeout = datetime.timedelta(seconds=2)
     write = _Writer.write_data
 
@@ -168,18 +168,18 @@ def test_a_rank_whose_disk_hangs_is_named_after_the_deadline(gangs, hf_models, t
 
 
 def test_a_full_disk_is_told_beside_a_rank_that_is_lost_at_the_same_time(tmp_path):
-    def meet(what: str) -> None:
+    def barrier(what: str) -> None:
         try:
             raise RuntimeError("Connection closed by peer")  # gloo's
         except RuntimeError as error:
             raise ConnectionError(f"lost rank 1 at the {what}") from error
 
-    def write(group: Any, meet: Any) -> None:
+    def write(group: Any, barrier: Any) -> None:
         with patch.object(FileSystemWriter, "write_data", side_effect=OSError(errno.ENOSPC, "full")):
-            _Writer(tmp_path, meet=meet).write_data()
+            _Writer(tmp_path, barrier=barrier).write_data()
 
-    unwritten: Any = SimpleNamespace(step=3, checkpoints=tmp_path, write=write)
-    pending = _Pending(unwritten, SimpleNamespace(group=None, meet=meet))  # type: ignore[arg-type]
+    prepared: Any = SimpleNamespace(step=3, checkpoints=tmp_path, write=write)
+    pending = _Pending(prepared, SimpleNamespace(group=None, barrier=barrier))  # type: ignore[arg-type]
     told = f"lost rank 1 at the writing of the checkpoint of step 3; besides, {tmp_path}: no space left on the device"
     with pytest.raises(ConnectionError, match=re.escape(told)):
         pending.result()
@@ -188,7 +188,7 @@ def test_a_full_disk_is_told_beside_a_rank_that_is_lost_at_the_same_time(tmp_pat
 def failing_run(model: str, folder: str) -> tuple[list[int], list[int]]:
     """The complete checkpoints when a run has failed while one was being written, before and after it has ended."""
     policy, there = build(model, ["parallel.tp=2", ASYNCHRONOUS]), Path(folder)
-    saver = Saver(policy.config, Phases(60))
+    saver = Saver(policy.config, PhaseBarriers(60))
     with held_back():
         saver.save(there, 1, policy, {}, ())
         before = checkpoint.saved_steps(there)
@@ -202,7 +202,7 @@ def test_a_run_that_fails_waits_for_its_checkpoint(gangs, hf_models, tmp_path):
 
 
 def test_a_run_that_fails_waits_no_longer_than_that_for_a_rank_that_is_lost(monkeypatch, caplog):
-    monkeypatch.setattr("etr_megatron.checkpoint.saver.LEAST_CLOSE_S", 0.05)
+    monkeypatch.setattr("etr_megatron.checkpoint.saver.MIN_CLOSE_S", 0.05)
     saver = object.__new__(Saver)
     saver._pending = SimpleNamespace(over=threading.Event(), age=0.1)
     saver.close()

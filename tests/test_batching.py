@@ -17,7 +17,7 @@ from etr_megatron.metrics import step_metrics
 from etr_megatron.objective import LossSettings, resolve_loss
 from etr_megatron.policy import StepRouting, TokenLogprobs
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
-from etr_megatron.policy.not_finite import RowWatch, refuse_not_finite
+from etr_megatron.policy.non_finite import NonFiniteDetector, check_finite
 from etr_megatron.policy.packing import pack
 from tests.batches import FLAT_LENGTHS, LENGTHS, REWARDS, batch_of, config, groups, logprobs, metrics_row, update
 
@@ -252,12 +252,12 @@ def test_a_group_is_flat_if_the_rewards_that_count_are_equal():
     for sample in group.samples:
         sample.reward = 1.0
     group.samples[0].reward = 0.0
-    assert not group.is_flat
+    assert not group.has_zero_variance
     group.samples[0].environment_status = "timeout"
-    assert group.is_flat
+    assert group.has_zero_variance
     for sample in group.samples:
         sample.environment_status = "timeout"
-    assert group.is_flat
+    assert group.has_zero_variance
 
 
 def test_a_minibatch_of_truncated_responses_alone_has_no_weight():
@@ -327,23 +327,23 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
     micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
     logp = torch.zeros(11)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp, logp)
-    watch, nothing = RowWatch(batch, micro, loss="clipped", rank=3), torch.zeros(())
-    whole = RowWatch(batch, micro, loss="clipped", rank=3)
-    for one in (watch, whole):
-        one.see(inputs, nothing)
-    refuse_not_finite([whole, watch])
+    detector, nothing = NonFiniteDetector(batch, micro, loss="clipped", rank=3), torch.zeros(())
+    whole = NonFiniteDetector(batch, micro, loss="clipped", rank=3)
+    for one in (detector, whole):
+        one.record(inputs, nothing)
+    check_finite([whole, detector])
     broken = getattr(inputs, name).clone()
     broken[[6, 9]] = float("-inf")
-    watch.see(replace(inputs, **{name: broken}), nothing)
+    detector.record(replace(inputs, **{name: broken}), nothing)
     with pytest.raises(FloatingPointError) as caught:
-        refuse_not_finite([whole, watch])
+        check_finite([whole, detector])
     assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
     # An earlier token takes precedence over an earlier input.
     variance = inputs.variance.clone()
     variance[0] = float("nan")
-    watch.see(replace(inputs, **{name: broken, "variance": variance}), nothing)
+    detector.record(replace(inputs, **{name: broken, "variance": variance}), nothing)
     with pytest.raises(FloatingPointError, match=r"^variance is nan at .*: position 0 in the response of sample p1@3/0"):
-        refuse_not_finite([whole, watch])
+        check_finite([whole, detector])
 
 
 @pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
@@ -352,15 +352,15 @@ def test_of_gradients_that_are_not_finite_the_earliest_token_is_named(loss, erro
     micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
     logp, entropy = torch.zeros(2, 9).requires_grad_().unbind()
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp.detach(), entropy.detach())
-    watch = RowWatch(batch, micro, loss=loss, rank=0)
-    watch.watch(slice(None), logp, entropy)
+    detector = NonFiniteDetector(batch, micro, loss=loss, rank=0)
+    detector.watch(slice(None), logp, entropy)
     logp_factor, entropy_factor = torch.ones(2, 9)
     logp_factor[5] = entropy_factor[3] = float("nan")
     (logp * logp_factor + entropy * entropy_factor).sum().backward()
     wanted = rf"of objective\.loss {loss} with respect to entropy .*: position 1 in the response of sample p3@3/3, on rank 0"
-    watch.see(inputs, torch.zeros(()))
+    detector.record(inputs, torch.zeros(()))
     with pytest.raises(error, match=wanted):
-        refuse_not_finite([watch])
+        check_finite([detector])
 
 
 @pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
@@ -369,19 +369,19 @@ def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
     micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
     values = torch.zeros(9)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), values, values)
-    watch = RowWatch(batch, micro, loss=loss, rank=3)
-    watch.see(inputs, torch.tensor(float("inf")))
+    detector = NonFiniteDetector(batch, micro, loss=loss, rank=3)
+    detector.record(inputs, torch.tensor(float("inf")))
     with pytest.raises(error) as caught:
-        refuse_not_finite([watch])
+        check_finite([detector])
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
     assert str(caught.value) == f"objective.loss {loss} is inf although all of its inputs are finite: {wanted}"
     empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # as on a rank with fewer samples than others
     nothing = torch.zeros(0)
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
-    watch = RowWatch(batch, empty, loss=loss, rank=1)
-    watch.see(inputs, torch.tensor(float("nan")))
+    detector = NonFiniteDetector(batch, empty, loss=loss, rank=1)
+    detector.record(inputs, torch.tensor(float("nan")))
     with pytest.raises(error, match=r"are finite: a microbatch without rows, whose mean is NaN, on rank 1$"):
-        refuse_not_finite([watch])
+        check_finite([detector])
 
 
 def test_the_corrections_log_ratio_is_bounded_like_the_losss():

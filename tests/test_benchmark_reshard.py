@@ -10,8 +10,8 @@ from benchmarks import reshard
 from benchmarks.reshard_problem import CASES, QUICK_DENSE, QUICK_MIXTURE, Case, lower_bound
 from benchmarks.reshard_report import case_result, table
 from etr_megatron.weights import ServerLayout, TrainingLayout
-from etr_megatron.weights.plan import make_plan
-from tests.test_plan import bytes_sent
+from etr_megatron.weights.reshard import make_reshard_plan
+from tests.test_reshard_plan import bytes_sent
 
 
 def test_the_lower_bound_of_layouts_that_are_easy_to_count():
@@ -29,7 +29,7 @@ def test_the_lower_bound_of_layouts_that_are_easy_to_count():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_plans_of_all_cases_send_the_lower_bound(case):
     arch = QUICK_MIXTURE if case.experts else QUICK_DENSE
-    plan = make_plan(case.source, case.destination, arch, destination_start=case.start)
+    plan = make_reshard_plan(case.source, case.destination, arch, destination_start=case.start)
     assert bytes_sent(plan) == lower_bound(case, arch, 2) > 0
 
 

@@ -27,7 +27,7 @@ from etr_megatron.config import (
 )
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory
-from etr_megatron.quick_checks import beside_inputs
+from etr_megatron.quick_checks import adding_input_problems
 from etr_megatron.rollout.record import write_record
 from etr_megatron.types import Group, Problem, Sample
 
@@ -299,7 +299,7 @@ def test_every_problem_is_told_at_once(config: Config, tmp_path: Path, monkeypat
 
 def told_beside(tmp_path: Path, *overrides: str) -> list[str]:
     """All messages for a config with a misspelled key and `overrides`, except the one about that key."""
-    with pytest.raises(InvalidConfigError) as caught, beside_inputs():
+    with pytest.raises(InvalidConfigError) as caught, adding_input_problems():
         load_config(None, [f"run.dir={tmp_path}/runs", "train.lrr=1", *overrides])
     head, misspelled, *others = str(caught.value).splitlines()
     assert head == f"invalid configuration, {1 + len(others)} problem{'s' if others else ''}:" and "train.lrr" in misspelled
@@ -337,7 +337,7 @@ def test_rows_and_the_models_description_are_checked_beside_a_wrong_config(
     assert told.startswith("data.train: rows.jsonl:2 of")
     (told,) = told_beside(tmp_path, *data, "data.answer_colum=reply")
     assert told.startswith("data.answer_colum (command line): unknown key")
-    monkeypatch.setattr(quick_checks, "_MOST_BYTES", 10)
+    monkeypatch.setattr(quick_checks, "_MAX_FILE_BYTES", 10)
     assert told_beside(tmp_path, *data) == []
     untokenized = tmp_path / "model"
     untokenized.mkdir()
@@ -369,7 +369,7 @@ def test_a_recorded_run_of_another_size_is_told_with_other_mistakes(tmp_path: Pa
 def test_a_layout_that_cannot_be_is_told_together_with_what_is_not_there(tmp_path: Path) -> None:
     config = load_config(None, [f"model.path={tmp_path}/m", "parallel.tp=2"])
     told = r"on 3 ranks, 2 problems:\n  - parallel\.tp = 2.*\n  - model\.path: "
-    with pytest.raises(InvalidConfigError, match=told), beside_inputs():
+    with pytest.raises(InvalidConfigError, match=told), adding_input_problems():
         resolve(config, 3, cuda=False)
 
 

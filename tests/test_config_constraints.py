@@ -8,7 +8,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from etr_megatron.config import PRESETS, Config, SglangConfig, doubts, load_config, resolve, startup_timeout_of, validate
+from etr_megatron.config import (
+    PRESETS,
+    Config,
+    SglangConfig,
+    config_warnings,
+    load_config,
+    resolve,
+    startup_timeout_of,
+    validate,
+)
 from etr_megatron.config.reference import render_reference
 from etr_megatron.errors import UserError
 
@@ -77,40 +86,40 @@ def test_loss_forms(loss):
 
 
 @pytest.mark.parametrize(
-    ("loss", "epochs", "minibatches", "is_doubtful"),
+    ("loss", "epochs", "minibatches", "has_warning"),
     [("reinforce", 1, 4, True), ("reinforce", 2, 1, True), ("reinforce", 1, 1, False), ("clipped", 2, 4, False)],
 )
-def test_a_loss_without_a_ratio_is_doubted_over_several_optimizer_steps(loss, epochs, minibatches, is_doubtful):
+def test_a_loss_without_a_ratio_gets_a_warning_over_several_optimizer_steps(loss, epochs, minibatches, has_warning):
     config = config_with(objective__loss=loss, train__epochs=epochs, train__minibatches=minibatches)
     assert validate(config, None) == []
     told = f'objective.loss = "{loss}", train.epochs = {epochs}, train.minibatches = {minibatches}: this loss has no'
-    assert [doubt.startswith(told) for doubt in doubts(config)] == [True] * is_doubtful
+    assert [warning.startswith(told) for warning in config_warnings(config)] == [True] * has_warning
 
 
 def test_a_presets_loss_is_doubted_too():
-    assert len(doubts(config_with(objective__preset="rloo"))) == 1
-    assert doubts(config_with(objective__preset="rloo", train__minibatches=1)) == []
+    assert len(config_warnings(config_with(objective__preset="rloo"))) == 1
+    assert config_warnings(config_with(objective__preset="rloo", train__minibatches=1)) == []
 
 
 @pytest.mark.parametrize(
-    ("staleness", "old_logp", "correction", "is_doubtful"),
+    ("staleness", "old_logp", "correction", "has_warning"),
     [(1, "trainer", "none", True), (0, "trainer", "none", False), (1, "engine", "none", False), (1, "trainer", "mask", False)],
 )
-def test_stale_tokens_that_nothing_corrects_are_doubted(staleness, old_logp, correction, is_doubtful):
+def test_stale_tokens_that_nothing_corrects_get_a_warning(staleness, old_logp, correction, has_warning):
     objective = dict(objective__old_logp=old_logp, objective__correction=correction)
     config = config_with(rollout__backend="sglang", rollout__max_staleness=staleness, **objective)
     told = (
         f'rollout.max_staleness = {staleness}, objective.old_logp = "trainer", objective.correction = "none": tokens of older'
     )
-    assert [doubt.startswith(told) for doubt in doubts(config)] == [True] * is_doubtful
+    assert [warning.startswith(told) for warning in config_warnings(config)] == [True] * has_warning
 
 
 def test_best_checkpoints_that_are_not_saved_and_a_profile_that_is_not_made_are_doubted():
     kept = dict(checkpoint__keep_best=1, eval__every=5)
-    assert [len(doubts(config_with(checkpoint__every=every, **kept))) for every in (5, 10, 12, 0)] == [0, 0, 1, 1]
-    assert doubts(config_with(checkpoint__every=12, eval__every=5)) == []
-    assert [len(doubts(config_with(run__steps=4, observe__profile_step=step))) for step in (0, 4, 5)] == [0, 0, 1]
-    assert len(doubts(config_with(observe__profile_step=1, rollout__only=True))) == 1
+    assert [len(config_warnings(config_with(checkpoint__every=every, **kept))) for every in (5, 10, 12, 0)] == [0, 0, 1, 1]
+    assert config_warnings(config_with(checkpoint__every=12, eval__every=5)) == []
+    assert [len(config_warnings(config_with(run__steps=4, observe__profile_step=step))) for step in (0, 4, 5)] == [0, 0, 1]
+    assert len(config_warnings(config_with(observe__profile_step=1, rollout__only=True))) == 1
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, befor
     hook: Python that `rank` runs before the tool. before: Python that both ranks run before that.
     """
     program = f"{before}import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
-    program += "\nconvert_hf.run_and_leave(convert_hf.main)"
+    program += "\nconvert_hf.run_and_exit(convert_hf.main)"
     # With a store as torchrun has it: a port that was only found free may be taken when rank 0 opens it, and rank 1 would wait.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}

@@ -141,7 +141,8 @@ def test_every_turn_of_every_sample_has_a_seed_of_its_own_and_the_room_that_is_l
     assert [limit for _, _, limit in later] == [15] * 4 + [10] * 4
     assert later[4][0].prompt_ids.tolist() == [0, 7, 1, 90, 90, 4, 4, 2, 90, 90, 4, 4]
     sample = groups[1].samples[1]
-    assert sample.response_ids.tolist() == [1, 90, 90, 4, 4, 2, 90, 90, 4, 4, 3, 90] and sample.drawn == 6 and sample.turns == 3
+    assert sample.response_ids.tolist() == [1, 90, 90, 4, 4, 2, 90, 90, 4, 4, 3, 90]
+    assert sample.num_generated == 6 and sample.turns == 3
     assert sample.loss_mask.tolist() == [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1] and sample.finish_reason == "length"
 
 

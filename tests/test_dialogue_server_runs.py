@@ -40,7 +40,7 @@ def assert_dialogues(steps: list[tuple[int, list]], most: int) -> set[int]:
                     else:
                         assert logprob == 0
                     before = token
-                assert sample.drawn == count * (sample.response_ids.index(LAST) + 1) and before == LAST
+                assert sample.num_generated == count * (sample.response_ids.index(LAST) + 1) and before == LAST
                 versions = sample.token_versions().tolist()
                 assert versions == sorted(versions) and 0 <= step - 1 - versions[-1] <= step - 1 - versions[0] <= most
             turns.add(count)

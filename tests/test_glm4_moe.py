@@ -27,7 +27,7 @@ from etr_megatron.weights import (
     read_architecture,
     stored_shapes,
 )
-from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests import test_routing_replay
 from tests.hf_models import random_sequences, write_model
@@ -191,7 +191,7 @@ def test_a_sync_leaves_every_bit_of_the_biases(gangs, drafting, transport, fp8_b
 
 
 def test_checksums_of_a_bf16_sync_see_every_bit_of_the_biases(hf_models):
-    plan = make_plan(TrainingLayout(), ServerLayout(), read_architecture(hf_models["glm4_moe"]), itemsize=2)
+    plan = make_reshard_plan(TrainingLayout(), ServerLayout(), read_architecture(hf_models["glm4_moe"]), itemsize=2)
     transfer = next(one for transfers in plan.pairs.values() for one in transfers if one.weight.fp32)
     bias = torch.rand(6)
     other = torch.nextafter(bias, torch.ones(6))

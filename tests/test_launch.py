@@ -220,7 +220,7 @@ def body():
 sys.exit(exit_code_of(body))
 """
 
-LAUNCHER = "import sys; from etr_megatron import launch; launch.run_and_leave(lambda: launch.start_ranks(2, sys.argv[1:]))"
+LAUNCHER = "import sys; from etr_megatron import launch; launch.run_and_exit(lambda: launch.start_ranks(2, sys.argv[1:]))"
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from etr_megatron.objective import (
 )
 from etr_megatron.policy import PolicyBatch
 from etr_megatron.policy.loss_inputs import loss_inputs
+from etr_megatron.policy.microbatch_plan import plan_microbatches
 from etr_megatron.policy.packing import Microbatch, pack
-from etr_megatron.policy.plan import plan_microbatches
 from tests.loss_cases import Case, random_case, reference
 from tests.policy_jobs import make_batch
 

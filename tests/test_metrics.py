@@ -15,7 +15,7 @@ import torch
 from etr_megatron import trainer
 from etr_megatron.config import Config
 from etr_megatron.flops import bf16_peak
-from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, training_speed
+from etr_megatron.metrics import check_logprob_gap, generated_by_version, rollout_metrics, training_speed
 from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsLog, keys_by_set
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
 from tests.batches import FLAT_LENGTHS, batch_of, config, groups, logprobs, metrics_row, update, with_old
@@ -38,7 +38,7 @@ def test_the_gate_looks_at_tokens_of_the_trainers_own_weights_alone():
     step = groups()
     step[0].samples[0].weight_version = 8
     step[1].samples[1].weight_versions = array("i", [5, 6, 6, 7, 7])
-    of_7 = drawn_from(step, 7)
+    of_7 = generated_by_version(step, 7)
     assert (~of_7).nonzero()[:, 0].tolist() == [0, 1, 2, 6, 7, 8]
     off = torch.where(of_7, 1e-6, 1.0)
     off[5] += 0.5  # and so is one token of version 7, in sample p1@3/0
@@ -50,7 +50,7 @@ def test_the_gate_looks_at_tokens_of_the_trainers_own_weights_alone():
         check_logprob_gap(batch(off), config(), of_7)
     off[5] -= 0.5
     assert check_logprob_gap(batch(off), config(), of_7) is True
-    assert check_logprob_gap(batch(off), config(), drawn_from(step, 4)) is False
+    assert check_logprob_gap(batch(off), config(), generated_by_version(step, 4)) is False
     with pytest.raises(RuntimeError, match="on average"):
         check_logprob_gap(batch(off), config())
 
@@ -119,11 +119,11 @@ def test_servers_are_counted_when_a_steps_rollout_is_complete_before_a_sync_brin
     others = "policy", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
     one = trainer.Trainer(Config(), engine=engine, sampler=sampler, **dict.fromkeys(others, mock.MagicMock()))
     one.config = replace(one.config, run=replace(one.config.run, steps=2), checkpoint=replace(one.config.checkpoint, every=0))
-    kept = dict(_keep=lambda *_: None, _train=lambda _groups: (None, []), _is_evaluated=lambda _step: False)
+    kept = dict(_write_record=lambda *_: None, _train=lambda _groups: (None, []), _is_evaluated=lambda _step: False)
     for name in ("step_metrics", "rollout_metrics"):
         monkeypatch.setattr(trainer, name, lambda *_: {})
     with mock.patch.multiple(one, **kept, _evaluate=dict, _record=lambda row, _groups: rows.append(row)):
-        one._roll_out_only() if rolls_out_only else one._run_steps()
+        one._run_rollout_only() if rolls_out_only else one._run_steps()
     assert rows == [{"servers_serving": 3}, {"servers_serving": 2 if rolls_out_only else 3}]
 
 

@@ -151,11 +151,11 @@ def test_cut_back_keeps_rows_up_to_the_step_byte_for_byte(tmp_path: Path) -> Non
     kept = path.read_bytes()
     for step in range(4, 7):
         log.append(make_row(step))
-    assert log.cut_back(3) == 3
+    assert log.truncate_after(3) == 3
     assert path.read_bytes() == kept
     log.append(make_row(4))
     assert [row["step"] for row in log.rows()] == [1, 2, 3, 4]
-    assert log.cut_back(0) == 4 and log.rows() == []
+    assert log.truncate_after(0) == 4 and log.rows() == []
 
 
 def test_a_value_found_out_later_joins_the_last_row_and_no_other(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_torn_last_line_does_not_count_and_is_not_glued_to_the_next(tmp_path: 
     MetricsLog(path).append(make_row(2))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     path.write_bytes(whole + torn[:40])
-    MetricsLog(path).cut_back(5)
+    MetricsLog(path).truncate_after(5)
     assert path.read_bytes() == whole
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etr_megatron.flops import sequence_flops
-from etr_megatron.policy import plan as planning
-from etr_megatron.policy.plan import plan_microbatches
+from etr_megatron.policy import microbatch_plan as planning
+from etr_megatron.policy.microbatch_plan import plan_microbatches
 from etr_megatron.weights import read_architecture
 
 

@@ -28,8 +28,8 @@ from etr_megatron.planner.activations import (
 )
 from etr_megatron.planner.recompute import Recomputation
 from etr_megatron.vocab_parallel import VocabShard
+from etr_megatron.vocab_parallel.head_chunks import HeadConfig
 from etr_megatron.vocab_parallel.loss import single_pass_bytes
-from etr_megatron.vocab_parallel.sweep import Head
 from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size, read_architecture
 from tests.activation_jobs import LayerPass
 from tests.gang import Gangs
@@ -316,5 +316,5 @@ def test_a_chunk_of_the_head_is_what_the_head_says_itself() -> None:
     with mock.patch("etr_megatron.vocab_parallel.triton_rows.is_available", lambda _device: True):
         own = single_pass_bytes(4096, 64, VocabShard(512, 512), dtype=torch.bfloat16, device=gpu)
     assert activations._chunk_bytes(Split(4096, 1, False, 2), 1024, 512) == own - 4 * 4096 * 64 - 16 * 4096
-    assert Head(VocabShard(512, 512, group=object())).buffers_on(gpu) == 2  # type: ignore[arg-type]
+    assert HeadConfig(VocabShard(512, 512, group=object())).buffers_on(gpu) == 2  # type: ignore[arg-type]
     assert activations._chunk_bytes(Split(4096, 2, True, 2), 1024, 512) == own - 4 * 4096 * 64 - 16 * 4096 + 4 * 1024 * 512

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from etr_megatron import train
 from etr_megatron.errors import UserError
 from etr_megatron.platform import cpu_shim
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.rollout.sglang import update_group
 from etr_megatron.weights.transport import wire
 from tests import warm
@@ -137,23 +137,23 @@ def test_where_one_rank_is_told_to_stop_all_leave_the_same_meeting_and_meet_agai
 )
 def test_who_is_missing_and_whether_he_is_waited_for_or_lost_is_read_from_what_gloo_says(monkeypatch, waited_s, said, wanted):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    found = object.__new__(Phases)._failure("save", waited_s, datetime.timedelta(seconds=10), said)
+    found = object.__new__(PhaseBarriers)._failure("save", waited_s, datetime.timedelta(seconds=10), said)
     assert (type(found), str(found)) == (type(wanted), str(wanted))
 
 
 MEETING = """
 import datetime, os, sys, time
 import torch.distributed as dist
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 rank, store, dying = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-phases = Phases(timeout_s=900)
-phases.meet("resume")
+phases = PhaseBarriers(timeout_s=900)
+phases.barrier("resume")
 if rank == dying:
     time.sleep(1.5)  # the other one waits already
     os._exit(1)
 try:
-    phases.meet("rollout of step 7")
+    phases.barrier("rollout of step 7")
 except (TimeoutError, ConnectionError) as error:
     print(f"{type(error).__name__}: {error}", flush=True)
 os._exit(0)
@@ -218,14 +218,14 @@ def test_a_ranks_memory_grows_in_segments_that_can_be_merged_unless_told_otherwi
         (["rollout.backend=embedded"], None, None),
     ],
 )
-def test_a_rank_that_meets_servers_in_nccl_connects_to_them_and_outlives_them(monkeypatch, name, overrides, given, wanted):
+def test_a_rank_that_syncs_over_process_groups_outlives_servers(monkeypatch, name, overrides, given, wanted):
     for one in ("NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
         monkeypatch.setenv(one, "")  # is set as well
         monkeypatch.delenv(one)
     if given is not None:
         monkeypatch.setenv(name, given)
     monkeypatch.setenv("ETR_PLATFORM", "cpu")  # is set as well
-    monkeypatch.setattr(train, "place_of", mock.Mock(side_effect=UserError("far enough")))
+    monkeypatch.setattr(train, "node_role", mock.Mock(side_effect=UserError("far enough")))
     with pytest.raises(UserError, match="far enough"):
         train._run(["rollout.backend=sglang", *overrides])
     assert os.environ.get(name) == wanted

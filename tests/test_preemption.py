@@ -158,13 +158,13 @@ def test_the_end_of_the_grace_has_the_exit_code_that_it_is_given_and_comes_whate
         raise LeftError(code)
 
     stop = StopRequest()
-    stop.report_to(told, late)
+    stop.set_callbacks(told, late)
     monkeypatch.setattr("os._exit", leave)
     reading, writing = socket.socketpair()
     with reading, writing, pytest.raises(LeftError, match=f"^{code}$"):
         writing.send(bytes([signal.SIGTERM]))
         stop._watch(reading, threading.Event(), 0.0, lambda: None)
-    stop.wait_until_reported()
+    stop.wait_for_callback()
 
 
 def test_a_sigterm_is_reported_once_also_where_it_came_before_there_was_whom_to_report_it_to():
@@ -174,7 +174,7 @@ def test_a_sigterm_is_reported_once_also_where_it_came_before_there_was_whom_to_
         def wait(self, seconds: float) -> bool:
             waits.append(seconds)
             if len(waits) == 2:
-                stop.report_to(lambda: seen.append(stop.is_own), lambda: None)
+                stop.set_callbacks(lambda: seen.append(stop.received_sigterm), lambda: None)
             return len(waits) > 4
 
     reading, writing = socket.socketpair()
@@ -187,7 +187,7 @@ def test_a_sigterm_is_reported_once_also_where_it_came_before_there_was_whom_to_
 def test_a_process_without_a_rank_that_was_told_to_stop_is_heeded_whichever_it_is():
     stop, told = StopRequest(), set()
     for node in ("first", "second"):
-        stop.heed(lambda node=node: node in told)
+        stop.add_source(lambda node=node: node in told)
     assert not stop()
     for node in ("first", "second"):
         told.add(node)

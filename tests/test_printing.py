@@ -102,7 +102,7 @@ def test_ranks_and_their_launcher_end_without_the_interpreters_shutdown_which_th
 def test_a_rank_that_fails_unexpectedly_ends_with_1_and_a_traceback_without_that_shutdown(error: str, lacking: str) -> None:
     program = f"""
 import atexit, os, sys
-from etr_megatron.status import run_and_leave
+from etr_megatron.status import run_and_exit
 
 def main():
     print("half")
@@ -110,7 +110,7 @@ def main():
 
 atexit.register(os.abort)
 {f"sys.{lacking} = None" if lacking else ""}
-run_and_leave(main)
+run_and_exit(main)
 """
     done = run("-c", program)
     assert done.returncode == 1
@@ -119,11 +119,11 @@ run_and_leave(main)
 
 
 def test_a_rank_whose_errors_go_nowhere_still_ends_without_that_shutdown() -> None:
-    program = "import atexit, os; atexit.register(os.abort); from etr_megatron.status import run_and_leave\n"
-    assert run("-c", f"{program}run_and_leave(lambda: 1 // 0)", redirect="2>/dev/full").returncode == 1
+    program = "import atexit, os; atexit.register(os.abort); from etr_megatron.status import run_and_exit\n"
+    assert run("-c", f"{program}run_and_exit(lambda: 1 // 0)", redirect="2>/dev/full").returncode == 1
 
 
 @pytest.mark.parametrize(("argument", "code", "told"), [("", 0, ""), ("3", 3, ""), ("'why'", 1, "why\n")])
 def test_what_a_rank_passes_to_sys_exit_is_its_end(argument: str, code: int, told: str) -> None:
-    done = run("-c", f"import sys; from etr_megatron.status import run_and_leave; run_and_leave(lambda: sys.exit({argument}))")
+    done = run("-c", f"import sys; from etr_megatron.status import run_and_exit; run_and_exit(lambda: sys.exit({argument}))")
     assert (done.returncode, done.stderr) == (code, told)

@@ -13,7 +13,7 @@ import torch
 
 from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.evaluation import evaluation_metrics
-from etr_megatron.metrics import drawn_from, rollout_metrics, step_metrics, training_speed
+from etr_megatron.metrics import generated_by_version, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe.metrics import ROLLOUT_METRIC_KEYS, MetricsLog, MetricsRow
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
 from etr_megatron.trainer import Trainer
@@ -55,7 +55,8 @@ def flat(made: list[Group]) -> list[Sample]:
 
 
 def test_the_cases_differ_in_replies_alone():
-    assert [sample.drawn for sample in flat(with_replies())] == FLAT_LENGTHS == [s.drawn for s in flat(drawn_only())]
+    for made in (with_replies(), drawn_only()):
+        assert [sample.num_generated for sample in flat(made)] == FLAT_LENGTHS
     assert [len(sample.response_ids) for sample in flat(with_replies())] == [3, 1, 4, 7, 4, 10, 2, 1, 2, 1, 10]
     assert [sample.turns for sample in flat(with_replies())] == [1, 1, 2, 3, 1, 3, 1, 1, 1, 1, 3]
 
@@ -130,7 +131,7 @@ def test_the_penalty_of_long_responses_counts_replies():
 def test_the_gate_compares_what_the_model_drew_from_the_trainers_weights():
     made = with_replies()
     made[2].samples[0].weight_versions = array("i", [7] * 4 + [8] * 6)  # of these the model drew 2 and 4
-    of_7 = drawn_from(made, 7)
+    of_7 = generated_by_version(made, 7)
     assert len(of_7) == 33 and of_7.sum() == 29
     assert of_7.split(FLAT_LENGTHS)[5].tolist() == [True, True, False, False, False, False]
 

@@ -16,7 +16,7 @@ from etr_megatron import checkpoint
 from etr_megatron import trainer as module
 from etr_megatron.config import load_config
 from etr_megatron.errors import RequeueError
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.rollout import OtherModelError, UngradedError
 from etr_megatron.weights.transport import SyncError
@@ -30,7 +30,7 @@ def trainer_without_parts() -> tuple[Any, list[int]]:
     trainer.sampler = SimpleNamespace(load_state_dict=lambda state: None)
     trainer._directory = SimpleNamespace(checkpoints=None)
     trainer._stop_request = StopRequest()
-    trainer._phases = Phases(60, must_stop=trainer._stop_request)
+    trainer._phases = PhaseBarriers(60, must_stop=trainer._stop_request)
     trainer._saver = checkpoint.Saver(trainer.config, trainer._phases)
     trainer._open_recorder = trainer._unrecorded = None
     trainer.has_begun = False
@@ -52,7 +52,7 @@ def resumed_and_stopped() -> tuple[int, list[int], list[bool]]:
     seen = SimpleNamespace(latest_step=lambda folder: 7 - dist.get_rank(), load=load)
     with mock.patch.object(module, "checkpoint", seen):
         trainer._resume()
-        trainer._save_what_is_trained()
+        trainer._save_trained_state()
     return trainer.step, saved, [*begun, trainer.has_begun]
 
 
@@ -97,7 +97,7 @@ def stopped_by(error: Exception, trained: int, *, lost: bool = False) -> tuple[s
 
     trainer._run_steps = steps
     with mock.patch.multiple(
-        module, ROLL_CALL_S=1.0 if lost else 60.0, checkpoint=SimpleNamespace(latest_step=lambda folder: None)
+        module, IDLE_BARRIER_TIMEOUT_S=1.0 if lost else 60.0, checkpoint=SimpleNamespace(latest_step=lambda folder: None)
     ):
         try:
             trainer.run()

@@ -11,7 +11,7 @@ from etr_megatron.config import RewardConfig
 from etr_megatron.reward import GradeRequest, load_grader
 from etr_megatron.reward.exact import plain_number, tidy
 from etr_megatron.reward.extract import MAX_ANSWER_CHARS, extract_answer, reference_answer
-from etr_megatron.reward.math_reward import UnusableReferenceError, equal, judge
+from etr_megatron.reward.math_reward import UnusableReferenceError, answers_equal, verify_answer
 
 ALL = ("boxed", "hash", "last_number")
 
@@ -177,7 +177,7 @@ def test_not_a_plain_number(text):
     ],
 )
 def test_plain_answers_are_compared_exactly(reference, candidate, same):
-    assert equal(reference, candidate) is same
+    assert answers_equal(reference, candidate) is same
 
 
 @pytest.mark.parametrize(("text", "tidied"), [("**72**", "72"), ("−3", "-3"), (r"\left( 1,\, 2 \right).", "( 1, 2 )")])
@@ -190,30 +190,30 @@ def test_tidying_keeps_the_row_break_of_a_matrix():
 
 
 def test_a_response_without_an_answer_is_wrong_and_says_so():
-    verdict = judge("I do not know", "5", RewardConfig())
-    assert not verdict.correct
-    assert "no answer found" in verdict.detail
+    comparison = verify_answer("I do not know", "5", RewardConfig())
+    assert not comparison.correct
+    assert "no answer found" in comparison.detail
 
 
 def test_the_first_hit_of_the_configs_order_is_compared_with_the_references_own():
     response, reference = "#### 5\n\\boxed{6}", "3 + 3 = 6, not 5\n#### 6"
     for order, correct in ((("boxed", "hash"), True), (("hash", "boxed"), False), (("last_number",), True)):
-        assert judge(response, reference, RewardConfig(extract=order)).correct is correct
+        assert verify_answer(response, reference, RewardConfig(extract=order)).correct is correct
 
 
 def test_an_answer_may_be_as_long_as_is_compared():
     longest = "a" * MAX_ANSWER_CHARS
     assert MAX_ANSWER_CHARS == 500
-    assert judge(rf"\boxed{{{longest}}}", longest, RewardConfig()).correct
-    assert "at most 500" in judge(rf"\boxed{{{longest}a}}", "5", RewardConfig()).detail
+    assert verify_answer(rf"\boxed{{{longest}}}", longest, RewardConfig()).correct
+    assert "at most 500" in verify_answer(rf"\boxed{{{longest}a}}", "5", RewardConfig()).detail
     with pytest.raises(UnusableReferenceError, match="has 501 characters; at most 500"):
-        judge("5", longest + "a", RewardConfig())
+        verify_answer("5", longest + "a", RewardConfig())
 
 
 def test_an_endless_answer_is_wrong_without_being_parsed():
-    verdict = judge(r"\boxed{" + "(1+" * MAX_ANSWER_CHARS + "}", "5", RewardConfig(extract=("boxed",)))
-    assert not verdict.correct
-    assert "at most" in verdict.detail
+    comparison = verify_answer(r"\boxed{" + "(1+" * MAX_ANSWER_CHARS + "}", "5", RewardConfig(extract=("boxed",)))
+    assert not comparison.correct
+    assert "at most" in comparison.detail
 
 
 def test_right_and_wrong_are_the_ends_of_the_declared_range_and_no_reference_is_the_lowest():
@@ -225,7 +225,7 @@ def test_right_and_wrong_are_the_ends_of_the_declared_range_and_no_reference_is_
 @pytest.mark.parametrize("answer", ["", "  ", "word " * MAX_ANSWER_CHARS])
 def test_a_reference_that_is_no_answer_is_refused(answer):
     with pytest.raises(UnusableReferenceError, match="reference answer"):
-        judge("5", answer, RewardConfig())
+        verify_answer("5", answer, RewardConfig())
 
 
 @pytest.mark.parametrize("text", [r"\boxed{" * 20_000, "1" * 200_000, "1," * 100_000, "####" * 50_000, "-" * 200_000])

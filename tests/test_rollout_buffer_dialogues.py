@@ -100,7 +100,7 @@ def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice
         assert len(taken.groups) == 4
         assert_dialogues(taken, limit=options["max_response_tokens"], max_turns=turns)
         samples = [sample for group in taken.groups for sample in group.samples]
-        ages = [[engine.weight_version - one for one in sample.of_drawn(sample.token_versions())] for sample in samples]
+        ages = [[engine.weight_version - one for one in sample.select_generated(sample.token_versions())] for sample in samples]
         if staleness:
             assert taken.counts["staleness_max"] == max(map(max, ages)) <= staleness
             assert taken.counts["staleness_mean"] == pytest.approx(sum(map(sum, ages)) / sum(map(len, ages)))

@@ -28,7 +28,7 @@ from etr_megatron.policy import routing as policy_routing
 from etr_megatron.policy.packing import pack
 from etr_megatron.policy.routing import RoutingReplay
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample, TokenSequence
+from etr_megatron.types import MAX_REPLAYED_EXPERTS, Group, Problem, Sample, TokenSequence
 from etr_megatron.weights import Experts, read_architecture
 from tests import test_policy_gradients
 from tests.batches import batch_of, metrics_row
@@ -171,7 +171,7 @@ def handed_out(lengths: list[int], layers: int, piece: int) -> tuple[tuple[int, 
     wanted = set(range(rank, len(lengths), 3)) if rank < 2 else set()
     with mock.patch.object(policy_routing, "PIECE", piece):
         routing = on_every_rank(whole).select(range(len(lengths)))
-        found = routing.hand_out(wanted, range(rank % 2, layers, 2), (layers, PER_TOKEN))
+        found = routing.distribute(wanted, range(rank % 2, layers, 2), (layers, PER_TOKEN))
     return routing.lengths, found, sum(one.untyped_storage().nbytes() for one in found.values())
 
 
@@ -208,7 +208,7 @@ def test_a_rank_holds_the_experts_of_its_own_tokens_before_the_first_pass(monkey
     whole = all_experts(known, layers)
     arch = mock.Mock(experts=mock.Mock(per_token=PER_TOKEN), expert_layers=range(layers))
     monkeypatch.setattr(policy_routing, "TopKRouter", Router)
-    monkeypatch.setattr(StepRouting, "hand_out", lambda *_: {i: one[:, own] for i, one in enumerate(whole)})
+    monkeypatch.setattr(StepRouting, "distribute", lambda *_: {i: one[:, own] for i, one in enumerate(whole)})
     for cp_rank, tp_rank in itertools.product(range(cp), range(tp)):
         layout = mock.Mock(cp=cp, cp_rank=cp_rank, tp=tp, tp_rank=tp_rank)
         chunks = [torch.nn.ModuleList(map(Router, own))]
@@ -218,9 +218,9 @@ def test_a_rank_holds_the_experts_of_its_own_tokens_before_the_first_pass(monkey
             for numbers in ([3, 0], [4, 2, 1])
         ]
         with replay.replaying(micro, StepRouting.of(whole)):
-            first, second = replay.told(0), replay.told(1)
+            first, second = replay.targets(0), replay.targets(1)
             # Nothing is assembled during a pass: on CPU, the recomputation of a microbatch gets the tensors of its first pass.
-            assert all(one is other for one, other in zip(first, replay.told(0), strict=True))
+            assert all(one is other for one, other in zip(first, replay.targets(0), strict=True))
         for batch, (experts, has) in zip(micro, (first, second), strict=True):
             share = batch.tokens.shape[1] // (tp if tp_shares else 1)
             assert experts.shape == (share, len(own), PER_TOKEN) and has.shape == (share,)
@@ -251,7 +251,7 @@ def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
 
 
 def test_all_that_a_byte_can_say_are_experts_of_a_model_that_has_so_many():
-    experts = Experts(count=MOST_REPLAYED, per_token=2, intermediate_size=1, normalized=True)
+    experts = Experts(count=MAX_REPLAYED_EXPERTS, per_token=2, intermediate_size=1, normalized=True)
     (found,) = routing_of(told_by(0, 255, 128, 1), experts, layers=1)
     assert found.tolist() == [[[0, 255]], [[128, 1]]]
 

@@ -162,7 +162,7 @@ def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path,
     (tmp_path / "run" / name).mkdir()
     with pytest.raises(UserError, match=rf"{name}: .*Is a directory"):
         directory.prepare(Config())
-        directory.cut_back(0)
+        directory.truncate_after(0)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: 
 def resumed(directory: RunDirectory, config: Config, step: int) -> list[str]:
     """The changed keys of a start that continues after `step`."""
     changes = directory.prepare(config)
-    directory.cut_back(step)
+    directory.truncate_after(step)
     directory.continue_with(config, step)
     return changes
 
@@ -314,7 +314,7 @@ def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
     shutil.copytree(directory.rollouts, directory.recorded)
     for name in ("notes.txt", "step_000003.jsonl.jsonl"):
         (directory.rollouts / name).write_text("mine")
-    directory.cut_back(2)
+    directory.truncate_after(2)
     kept = {"step_000001.jsonl", "step_000002.jsonl"}
     assert {path.name for path in directory.rollouts.iterdir()} == {*kept, "notes.txt", "step_000003.jsonl.jsonl"}
     assert {path.name for path in directory.recorded.iterdir()} == kept

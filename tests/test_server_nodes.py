@@ -311,7 +311,7 @@ def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_serv
     with pytest.raises(StopAskedError), ServerNodes(2, config, store) as rank0:
         rank0.meet(300)
         rank0.prepare(["server 0", "server 1"], setting(tmp_path))
-        threading.Timer(1.0, nodes[1].node._stop_request._asked.set).start()
+        threading.Timer(1.0, nodes[1].node._stop_request._received.set).start()
         try:
             rank0.start(["server 0", "server 1"], rank0.asked_to_stop)
         finally:

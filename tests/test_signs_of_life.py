@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 
 
@@ -40,7 +40,7 @@ def test_work_beside_a_block_has_ended_when_the_block_has_however_that_ends(fail
 
     begun = threading.Event()
     try:
-        with beside(work, "beats"):
+        with background_thread(work, "beats"):
             assert begun.wait(300)  # it runs at the same time
             seen.append("block")
             if fails:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from etr_megatron.rollout.sglang.senders import SendQueue
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
-from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.transport import DiskWriter, Wire, disk, exchange
-from tests.test_plan import architecture
+from tests.test_reshard_plan import architecture
 from tests.transport_jobs import shards_from
 
 
@@ -47,7 +47,7 @@ def test_a_send_queue_has_one_bucket_under_way_while_the_next_is_gathered():
 def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypatch):
     """For `sharded`."""
     events: list[str] = []
-    monkeypatch.setattr(exchange, "SMALLEST_BUCKET", 1 << 10)
+    monkeypatch.setattr(exchange, "MIN_BUCKET_BYTES", 1 << 10)
     monkeypatch.setattr(exchange, "pack", lambda *_: events.append("pack"))
     staged = SimpleNamespace(nbytes=0, messages=lambda flat: [flat])
     monkeypatch.setattr(exchange, "stage", lambda *_, **__: staged)
@@ -58,7 +58,7 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
 
     wire = SimpleNamespace(rank=0, device=torch.device("cpu"), exchange=travel)
     wire.wait = lambda works: events.append("sent") if works else None
-    plan = make_plan(TrainingLayout(), ServerLayout(), architecture(), destination_start=1)
+    plan = make_reshard_plan(TrainingLayout(), ServerLayout(), architecture(), destination_start=1)
     run = exchange.Exchange(plan, wire, exchange.Memory(wire.device), dtype=torch.float32, bucket_bytes=1 << 10)
     run.run({}, {})
     rounds = events.count("send")

@@ -15,7 +15,7 @@ from etr_megatron.objective import (
     LossOutputs,
     LossSettings,
     PolicyLoss,
-    refuse_if_rows_interact,
+    check_row_independence,
     regularized,
     resolve_loss,
 )
@@ -43,7 +43,7 @@ def test_a_loss_marked_token_local_that_is_not_is_refused(function) -> None:
     case, logp, entropy = random_case(1)
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
     with pytest.raises(UserError, match=f"loss mine:{function.__name__} is marked token-local, but a row's gradient"):
-        refuse_if_rows_interact(marked(function), inputs)
+        check_row_independence(marked(function), inputs)
 
 
 def takes_a_mean_over_wrong_answers(inputs: LossInputs) -> LossOutputs:
@@ -57,8 +57,8 @@ def test_rows_without_an_advantage_tell_as_well_whether_a_loss_is_token_local(fu
     case.rows["advantage"] = np.zeros_like(logp)
     inputs, state = case.inputs(torch.tensor(logp), torch.tensor(entropy)), torch.get_rng_state()
     with torch.no_grad(), pytest.raises(UserError, match="is marked token-local, but a row's gradient"):
-        refuse_if_rows_interact(marked(function), inputs)
-    assert refuse_if_rows_interact(resolve_loss("clipped"), inputs)
+        check_row_independence(marked(function), inputs)
+    assert check_row_independence(resolve_loss("clipped"), inputs)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -72,7 +72,7 @@ def test_rows_interact_where_a_gradient_differs_by_more_than_rounding_whatever_i
     case, logp, entropy = random_case(1, LossSettings(options={"by": by}))
     case.rows["weight"] *= scale
     with pytest.raises(UserError, match="is marked token-local, but") if refused else nullcontext():
-        assert refuse_if_rows_interact(marked(grows_along_its_rows), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+        assert check_row_independence(marked(grows_along_its_rows), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
 def infinite_at_zero(inputs: LossInputs) -> LossOutputs:
@@ -82,14 +82,14 @@ def infinite_at_zero(inputs: LossInputs) -> LossOutputs:
 def test_rows_with_a_gradient_that_is_not_finite_cannot_tell() -> None:
     case, logp, entropy = random_case(1)
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    assert not refuse_if_rows_interact(marked(infinite_at_zero), inputs)
+    assert not check_row_independence(marked(infinite_at_zero), inputs)
 
 
 def test_rows_without_any_gradient_cannot_tell() -> None:
     case, logp, entropy = random_case(1)
     case.rows["weight"] = np.zeros_like(logp)
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    assert not refuse_if_rows_interact(resolve_loss("clipped"), inputs)
+    assert not check_row_independence(resolve_loss("clipped"), inputs)
 
 
 def looks_at_its_entropy(inputs: LossInputs) -> LossOutputs:
@@ -100,4 +100,4 @@ def looks_at_its_entropy(inputs: LossInputs) -> LossOutputs:
 def test_a_token_local_loss_passes_for_one(loss: PolicyLoss) -> None:
     for seed in range(5):
         case, logp, entropy = random_case(seed)
-        assert refuse_if_rows_interact(loss, case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+        assert check_row_independence(loss, case.inputs(torch.tensor(logp), torch.tensor(entropy)))

@@ -37,7 +37,7 @@ def test_the_groups_and_the_batch_of_a_step_are_gone_before_the_next_ones_groups
     stubs |= {"engine": None, "grader": None, "recorder": None, "held_out": [], "sampler": mock.Mock(take=take)}
     run = replace(config.run, steps=3)
     one = trainer.Trainer(replace(config, run=run, checkpoint=replace(config.checkpoint, every=0)), **stubs)
-    keep_nothing = mock.patch.multiple(one, _train=train, _keep=lambda *_: None)
+    keep_nothing = mock.patch.multiple(one, _train=train, _write_record=lambda *_: None)
     with keep_nothing, mock.patch.object(trainer, "step_metrics", lambda *_: {}):
         one._run_steps()
     assert alive == [[], [False] * 2, [False] * 4]

@@ -31,7 +31,7 @@ def drawing(*failures: int) -> tuple[list[str], int]:
 
 
 def test_servers_that_die_again_and_again_over_the_same_responses_end_the_run(monkeypatch):
-    monkeypatch.setattr(trainer, "MOST_COMEBACKS", 3)
+    monkeypatch.setattr(trainer, "MAX_SERVER_RESTARTS", 3)
     assert drawing(3, 3, 2) == (["drawn"] * 3, 8)  # what is drawn counts anew
     (first, error), syncs = drawing(1, 9)
     assert first == "drawn" and syncs == 1 + 3

@@ -19,7 +19,7 @@ from etr_megatron.weights.transport import SyncError, Wire
 from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import Offer
 from tests.ports import reserved_port
-from tests.test_plan import architecture
+from tests.test_reshard_plan import architecture
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_a_board_keeps_nothing_of_syncs_that_are_over():
     for version in range(6):
         board.start(version)
         for phase in ("begin", "directory", "written", "end"):
-            board.meet(phase)
+            board.barrier(phase)
         sizes.append(store.num_keys())
     assert sizes == [12, 24, 24, 24, 24, 24]
 
@@ -122,7 +122,7 @@ def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_fail
             self.asked += 1
             assert len(keys) == 1  # however many ranks there are
             if self.asked == 1:
-                boards[0].meet("begin")
+                boards[0].barrier("begin")
                 boards[0].report("OSError: the device fell off")
                 return False
             return store.check(keys)
@@ -131,10 +131,10 @@ def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_fail
             return getattr(store, name)
 
     boards[1]._store = Slow()
-    boards[1].meet("begin")
+    boards[1].barrier("begin")
     assert boards[1]._store.asked > 1
     with pytest.raises(SyncError, match="version 7 did not complete: rank 0 failed: OSError: the device fell off"):
-        boards[1].meet("end")
+        boards[1].barrier("end")
 
 
 class NeverDone:
@@ -147,7 +147,7 @@ class NeverDone:
 def test_an_nccl_message_ends_when_another_rank_has_given_up():
     store = HashStore()
     wire = Wire.__new__(Wire)
-    wire._backend, wire.board, wire._group, wire._parts = "nccl", Board(store, 0, 3, timeout_s=60), None, []
+    wire._backend, wire.board, wire._group, wire._subgroups = "nccl", Board(store, 0, 3, timeout_s=60), None, []
     other = Board(store, 2, 3, timeout_s=60)
     other.report("OSError: the device fell off")
     start = time.monotonic()
@@ -179,7 +179,7 @@ def test_the_first_nccl_message_to_a_rank_that_hangs_ends_at_the_deadline_and_na
     for board in boards:
         board.start(7)
     wire = Wire.__new__(Wire)
-    wire._backend, wire.board, wire._group, wire._parts, wire.bytes_sent = "nccl", boards[0], group, [], 0
+    wire._backend, wire.board, wire._group, wire._subgroups, wire.bytes_sent = "nccl", boards[0], group, [], 0
     wire.device = torch.device("cpu")
     boards[2]._arrive("end")
     start = time.monotonic()

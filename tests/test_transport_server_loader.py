@@ -18,7 +18,7 @@ from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport import server_loader
 from tests.hf_models import write_model
-from tests.test_plan import architecture
+from tests.test_reshard_plan import architecture
 
 
 def rows(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
@@ -180,10 +180,10 @@ def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_t
     model["experts"].quant_method = SimpleNamespace()
     flagged = model["experts"] if order.startswith("use_") else model["experts"].quant_method
     setattr(flagged, order, True)
-    with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in its own order \({order}\)"):
+    with pytest.raises(server_loader.ShardMismatchError, match=rf"keeps the experts of experts in its own order \({order}\)"):
         server_loader.receive(model, {server_loader.MESSAGE_NAME: offer.message()})
     setattr(flagged, order, False)
-    with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):
+    with pytest.raises(server_loader.ShardMismatchError, match=r"there is no model\.embed_tokens\.weight"):
         server_loader.receive(model, {server_loader.MESSAGE_NAME: offer.message()})
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_has_made_a_shared_expert_a_routed_one_is_told_the_argumen
     for weight, shard in shards_of(ServerLayout(), arch, 0):
         if ".shared_experts." not in weight.server:
             parameters[weight.server] = torch.zeros(shard.shape if weight.expert is None else (8, *shard.shape))
-    with pytest.raises(server_loader.MisfitError, match=r"; start it with --disable-shared-experts-fusion$"):
+    with pytest.raises(server_loader.ShardMismatchError, match=r"; start it with --disable-shared-experts-fusion$"):
         server_loader.server_shards(parameters, offer)
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, megatron_shard, server_shard, weights_of
-from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.transport.buckets import buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests.weight_cases import ARCHITECTURES, tensors_of
@@ -18,7 +18,7 @@ BLOCK = 8
 
 def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_within_a_process():
     arch = replace(ARCHITECTURES["qwen3"], hidden_size=48, head_dim=16, heads=4, kv_heads=2, intermediate_size=40)
-    plan = make_plan(TrainingLayout(), ServerLayout(), arch, fp8_block=BLOCK)
+    plan = make_reshard_plan(TrainingLayout(), ServerLayout(), arch, fp8_block=BLOCK)
     tensors = {name: tensor.float() for name, tensor in tensors_of(arch).items()}
     weight = next(weight for weight in weights_of(arch) if weight.split == "row")
     (name,) = weight.hf

@@ -13,7 +13,7 @@ from etr_megatron.weights import TrainingLayout, read_architecture, weights_of
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
 from etr_megatron.weights.transport.exchange import Memory
-from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.whole import Gather, weight_groups
 from tests.weight_cases import ARCHITECTURES
 
 JOB = "tests.transport_whole_jobs:whole"
@@ -85,11 +85,11 @@ def test_fp8_is_quantised_from_whole_tensors_even_where_the_source_cuts_blocks(g
 
 def bytes_of_buffers(source: TrainingLayout, limit: int, monkeypatch) -> int:
     """Bytes of the buffers that rank 0 fills in a sync. Nothing travels."""
-    monkeypatch.setattr("etr_megatron.weights.transport.exchange.SMALLEST_BUCKET", 1)
+    monkeypatch.setattr("etr_megatron.weights.transport.exchange.MIN_BUCKET_BYTES", 1)
     monkeypatch.setattr("etr_megatron.weights.transport.buckets.ALONE_BYTES", 1)  # no small tensors, which are always copied
     arch, meta = ARCHITECTURES["llama"], torch.device("meta")
     wire = SimpleNamespace(rank=0, device=meta, exchange=lambda *_: [], wait=lambda _: None)
-    groups, memory = groups_of(weights_of(arch), torch.float32, None, limit), Memory(meta)
+    groups, memory = weight_groups(weights_of(arch), torch.float32, None, limit), Memory(meta)
     options = dict(dtype=torch.float32, bucket_bytes=limit)
     gather = Gather(source, arch, lambda weight: 0, [[group] for group in groups], wire, memory, **options)
     shards = {weight.megatron: torch.empty(shard.shape, device=meta) for weight, shard in shards_of(source, arch, 0)}

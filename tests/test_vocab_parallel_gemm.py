@@ -110,7 +110,7 @@ def test_a_bf16_weights_gradient_without_a_buffer_is_summed_in_fp32_and_handed_o
         gemm.add_gradients(
             torch.zeros(1, 4), grad.total, torch.ones_like(weight[:, :1].t()), torch.ones_like(weight[:1]), weight
         )
-    assert grad.handed_to_autograd().equal(torch.full((3, 4), 300, dtype=torch.bfloat16))
+    assert grad.autograd_grad().equal(torch.full((3, 4), 300, dtype=torch.bfloat16))
 
 
 def test_without_onednn_in_torch_it_is_not_called(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from etr_megatron.vocab_parallel import (
     VocabShard,
     gemm,
-    sweep,
+    head_chunks,
     torch_rows,
     vocab_parallel_logprob,
     vocab_parallel_loss,
@@ -71,7 +71,7 @@ def test_targets_at_the_edges_of_a_group_of_columns_count_once(monkeypatch, dtyp
     case.token_loss = lambda _, logp, __: (logp * torch.arange(1.0, 7.0)).sum()
     found = []
     for columns in (111, 37):
-        monkeypatch.setattr(sweep, "_COLUMNS", columns)
+        monkeypatch.setattr(head_chunks, "_COLUMNS", columns)
         weight = with_main_grad(case.weight)
         run(case, weight)[0].backward()
         found.append(weight.main_grad)
@@ -272,7 +272,7 @@ def test_bf16_gradients_of_hidden_states_are_summed_in_fp32_over_many_groups_of_
     case = loss_case(64, 48, 2000, dtype=torch.bfloat16)
     found = []
     for columns in (2000, 8):
-        monkeypatch.setattr(sweep, "_COLUMNS", columns)
+        monkeypatch.setattr(head_chunks, "_COLUMNS", columns)
         weight = with_main_grad(case.weight) if way == "single_pass" else case.weight.clone().requires_grad_()
         loss, _, states = run(case, weight)
         loss.backward()
@@ -289,8 +289,10 @@ def test_a_common_offset_of_the_logits_costs_no_digits(shards, offset):
     statistics = []
     for begin, end in itertools.pairwise(shards):
         part = logits[:, begin:end]
-        statistics.append(sweep._statistics(sweep.Head(VocabShard(131, 131)), part, columns if begin == 0 else columns - 9))
-    logp, entropy, log_sum = sweep._combine(torch.stack(statistics))
+        statistics.append(
+            head_chunks._statistics(head_chunks.HeadConfig(VocabShard(131, 131)), part, columns if begin == 0 else columns - 9)
+        )
+    logp, entropy, log_sum = head_chunks._combine(torch.stack(statistics))
     log_p = torch.log_softmax(logits.double(), 1)
     torch.testing.assert_close(logp.double(), log_p.gather(1, columns[:, None])[:, 0], atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(1), atol=2e-6, rtol=1e-6)

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import logprob
-from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, sweep, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel.head_chunks import HeadConfig
 from tests.memory import peak_bytes
 from tests.test_vocab_parallel_loss import with_main_grad
 from tests.vocab_cases import Case, loss_case
@@ -85,11 +86,11 @@ def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hid
 
 
 def test_chunks_are_of_equal_size_within_their_limits():
-    head, cpu = sweep.Head(VocabShard(50, 50)), torch.device("cpu")
+    head, cpu = HeadConfig(VocabShard(50, 50)), torch.device("cpu")
     wanted = {0: 1, 7: 7, 50: 50, 200: 128, 512: 128, 1200: 320, 1281: 352, 2048: 352}
     assert {rows: head.rows_of_chunk(rows, cpu) for rows in wanted} == wanted
-    assert [sweep.Head(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(rows, cpu) for rows in (60, 100, 130)] == [60, 64, 64]
-    assert [sweep.Head(VocabShard(50, 50), chunk_rows=7).rows_of_chunk(rows, cpu) for rows in (5, 10, 700)] == [5, 7, 7]
+    assert [HeadConfig(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(rows, cpu) for rows in (60, 100, 130)] == [60, 64, 64]
+    assert [HeadConfig(VocabShard(50, 50), chunk_rows=7).rows_of_chunk(rows, cpu) for rows in (5, 10, 700)] == [5, 7, 7]
     assert [head.rows_of_chunk(rows, torch.device("cuda")) for rows in (4096, 1500, 300)] == [1024, 768, 300]
 
 

@@ -62,13 +62,13 @@ def test_every_parameter_of_a_built_model_has_exactly_one_weight_of_its_shape_an
     found = gangs(world).run("tests.policy_jobs:parameters", model=hf_models[family], overrides=overrides)
     wanted: list[dict] = [{} for _ in range(world)]
     for weight in weights_of(arch):
-        for holding in training.holdings(weight, arch):
-            for rank in holding.ranks:
+        for placed in training.placed_shards(weight, arch):
+            for rank in placed.ranks:
                 # The last stage's copy of a tied embedding is named as the head, and stored once.
                 copied = weight.split == "vocab" and arch.tied_embeddings and rank >= training.stage_ranks
                 name = "output_layer.weight" if copied else weight.megatron
                 assert name not in wanted[rank]
-                wanted[rank][name] = (holding.shard.shape, weight.stored, weight.stored_at)
+                wanted[rank][name] = (placed.shard.shape, weight.stored, weight.stored_at)
     assert found == wanted
 
 

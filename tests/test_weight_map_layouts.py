@@ -90,18 +90,18 @@ def test_every_rank_holds_what_megatron_puts_there_and_the_shards_make_the_check
     rebuilt = {}
     for weight in weights_of(arch):
         shards = {}
-        holdings = layout.holdings(weight, arch)
-        for holding in holdings:
-            part = read_shard(weight, holding.shard, read_from(tensors))
-            assert list(holding.ranks) == sorted(holding.ranks)
-            for rank in holding.ranks:
+        placed_shards = layout.placed_shards(weight, arch)
+        for placed in placed_shards:
+            part = read_shard(weight, placed.shard, read_from(tensors))
+            assert list(placed.ranks) == sorted(placed.ranks)
+            for rank in placed.ranks:
                 assert rank not in shards
                 shards[rank] = part
         for rank in range(layout.world):
             wanted = wanted_parameter(weight, arch, tensors, layout, dense[rank], expert[rank])
             assert (wanted is not None) == (rank in shards), (weight.megatron, rank)
             assert wanted is None or torch.equal(shards[rank], wanted), (weight.megatron, rank)
-        rebuilt.update(join_shards(weight, [(holding.shard, shards[holding.ranks[0]]) for holding in holdings]))
+        rebuilt.update(join_shards(weight, [(placed.shard, shards[placed.ranks[0]]) for placed in placed_shards]))
     assert rebuilt.keys() == tensors.keys()
     assert all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
 
@@ -147,11 +147,11 @@ def test_interleaved_stages_give_the_checkpoint_back_bit_for_bit(name):
     arch, tensors = ARCHITECTURES[name], TENSORS[name]
     layout, rebuilt = TrainingLayout(tp=2, pp=2, vpp=2, dp=2, ep=2), {}
     for weight in weights_of(arch):
-        found = layout.holdings(weight, arch)
+        found = layout.placed_shards(weight, arch)
         if weight.layer is not None:
-            stages = {rank // layout.stage_ranks for holding in found for rank in holding.ranks}
+            stages = {rank // layout.stage_ranks for placed in found for rank in placed.ranks}
             assert stages == {weight.layer % 2}  # four chunks of one layer each, alternating between stages
-        shards = [(holding.shard, read_shard(weight, holding.shard, read_from(tensors))) for holding in found]
+        shards = [(placed.shard, read_shard(weight, placed.shard, read_from(tensors))) for placed in found]
         rebuilt.update(join_shards(weight, shards))
     assert rebuilt.keys() == tensors.keys() and all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
 
@@ -180,7 +180,7 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(layout, message):
     arch = ARCHITECTURES["qwen3_moe"]
     with pytest.raises(ValueError, match=message):
         for weight in weights_of(arch):
-            layout.holdings(weight, arch)
+            layout.placed_shards(weight, arch)
 
 
 def test_a_layout_that_does_not_fit_itself_is_refused():
@@ -214,7 +214,7 @@ def test_groups_of_a_servers_ranks_each_hold_all_of_attention_and_split_the_rest
     arch, tensors = ARCHITECTURES[name], TENSORS[name]
     layout, seen = ServerLayout(tp=4, attention_dp=2, servers=2), set()
     for weight in weights_of(arch):
-        holders = {rank: holding.shard for holding in layout.holdings(weight, arch) for rank in holding.ranks}
+        holders = {rank: placed.shard for placed in layout.placed_shards(weight, arch) for rank in placed.ranks}
         hf, of_group = [tensors[name] for name in weight.hf], ".self_attn." in weight.server or "embed" in weight.server
         assert sorted(holders) == list(range(8))
         for rank, shard in holders.items():
@@ -228,7 +228,7 @@ def test_a_servers_ranks_hold_their_experts():
     arch, tensors = ARCHITECTURES["qwen3_moe"], TENSORS["qwen3_moe"]
     layout = ServerLayout(tp=4, ep=2, servers=2)
     for weight in weights_of(arch):
-        holders = {rank: holding.shard for holding in layout.holdings(weight, arch) for rank in holding.ranks}
+        holders = {rank: placed.shard for placed in layout.placed_shards(weight, arch) for rank in placed.ranks}
         hf = [tensors[name] for name in weight.hf]
         for rank in range(8):
             inside = rank % 4

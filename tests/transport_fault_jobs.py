@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from etr_megatron.rollout.sglang.senders import SendSettings
-from etr_megatron.weights import ServerLayout, TrainingLayout, make_plan, read_architecture
+from etr_megatron.weights import ServerLayout, TrainingLayout, make_reshard_plan, read_architecture
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Transport, Wire, buckets, disk, exchange
 from tests.hang import Hang
 from tests.transport_jobs import empty_shards, shards_from
@@ -63,7 +63,7 @@ def _transport(kind: str, source: TrainingLayout, destination: ServerLayout, mod
         return whole_tensors(source, SendSettings(arch, torch.float32, None, 20_000, "gloo", 60.0), delivered)
     wire = Wire.in_world(timeout_s=60)
     if kind == "sharded":
-        return ShardedTransport(make_plan(source, destination, arch, itemsize=4), wire, bucket_bytes=1, **options)
+        return ShardedTransport(make_reshard_plan(source, destination, arch, itemsize=4), wire, bucket_bytes=1, **options)
     return DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
 
 
@@ -75,12 +75,12 @@ def midway(
     servers: 0 for a writer to disk and for whole tensors. The fault strikes where a source reads its shard, or where a
     destination writes it.
     """
-    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
-    buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000  # many rounds of a small model
+    bounds = (buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES)
+    buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = 3000, 9000  # many rounds of a small model
     try:
         return _midway(kind, model, tp, servers, culprit, fault, directory, timeout_s)
     finally:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = bounds
         disk.save_file = save_file
 
 
@@ -95,7 +95,7 @@ def _midway(
     source, destination, rank = TrainingLayout(tp=tp), ServerLayout(servers=max(1, servers)), dist.get_rank()
     transport = _transport(kind, source, destination, model, directory)
     sources = Spoilt(shards_from(model, source, rank)) if rank < tp else None
-    plan = make_plan(source, destination, read_architecture(model))
+    plan = make_reshard_plan(source, destination, read_architecture(model))
     destinations = Spoilt(empty_shards(plan, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
     dist.barrier()

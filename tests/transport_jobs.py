@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
+from etr_megatron.weights import SafetensorsDir, ServerLayout, TrainingLayout, WeightLayout, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
+from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Wire, buckets, disk, exchange, server_loader
 from etr_megatron.weights.transport.server_loader import Offer
 from tests.hang import Hang
 from tests.ports import rank_0s_port
 
 
-def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def shards_from(model: str, placement: WeightLayout, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A rank's shards by Megatron name, read from a checkpoint."""
     checkpoint, arch = SafetensorsDir(model), read_architecture(model)
     found = {}
@@ -33,7 +33,7 @@ def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype 
     return found
 
 
-def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def empty_shards(plan: ReshardPlan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Destination shards filled with a value that no weight has, so that unwritten elements show."""
     found = {}
     for weight, shard in shards_of(plan.destination, plan.arch, rank):
@@ -46,7 +46,7 @@ def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]
     return found
 
 
-def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+def in_roles(plan: ReshardPlan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     """(source shards, empty destination shards) of this rank, None if it does not have the role."""
     rank = dist.get_rank()
     place = rank - plan.destination_start
@@ -54,14 +54,14 @@ def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tens
     return sources, empty_shards(plan, place, dtype) if 0 <= place < plan.destination.world else None
 
 
-def plan_for(model: str, source: Placement, destination: Placement, dtype: torch.dtype, **options: Any) -> Plan:
-    return make_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
+def plan_for(model: str, source: WeightLayout, destination: WeightLayout, dtype: torch.dtype, **options: Any) -> ReshardPlan:
+    return make_reshard_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
 
 
 def sharded(
     model: str,
-    source: Placement,
-    destination: Placement,
+    source: WeightLayout,
+    destination: WeightLayout,
     *,
     dtype: torch.dtype = torch.float32,
     bucket_bytes: int = 64 << 20,
@@ -73,19 +73,19 @@ def sharded(
 
     tiny_messages: such small buckets and messages that a small model is sent like a large one.
     """
-    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
+    bounds = (buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES)
     if tiny_messages:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = 3000, 9000
     try:
         return _sharded(model, source, destination, dtype, 1 if tiny_messages else bucket_bytes, syncs, options)
     finally:
-        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+        buckets.ALONE_BYTES, exchange.MIN_BUCKET_BYTES = bounds
 
 
 def _sharded(
     model: str,
-    source: Placement,
-    destination: Placement,
+    source: WeightLayout,
+    destination: WeightLayout,
     dtype: torch.dtype,
     bucket_bytes: int,
     syncs: int,
@@ -102,7 +102,7 @@ def _sharded(
     return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.complete}
 
 
-def from_policy(model: str, overrides: list[str], destination: Placement) -> dict[str, Any]:
+def from_policy(model: str, overrides: list[str], destination: WeightLayout) -> dict[str, Any]:
     """Destination shards, in a policy's processes, after a sync from its parameters."""
     from etr_megatron.policy.model import own_parameters
     from tests.policy_jobs import build
@@ -119,7 +119,7 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
 class ToyServer:
     """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
-    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, plan: ReshardPlan, rank: int, dtype: torch.dtype) -> None:
         found: dict[str, list[Tensor]] = {}
         by_name = {weight.megatron: weight for weight, _ in shards_of(plan.destination, plan.arch, rank)}
         for name, tensor in empty_shards(plan, rank, dtype).items():
@@ -207,7 +207,7 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
         return picklable(dict(server.named_parameters())), errors
 
 
-def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
+def write_to_disk(directory: str, model: str, source: WeightLayout, versions: list[int], **options: Any) -> int | None:
     """Write versions one after the other; returns the complete version."""
     dtype = options.get("dtype", torch.float32)
     sources = shards_from(model, source, dist.get_rank(), dtype)
@@ -218,7 +218,7 @@ def write_to_disk(directory: str, model: str, source: Placement, versions: list[
     return writer.complete
 
 
-def fail_to_write(directory: str, model: str, source: Placement, file: int, culprit: int) -> tuple[str, int]:
+def fail_to_write(directory: str, model: str, source: WeightLayout, file: int, culprit: int) -> tuple[str, int]:
     """The error of a sync in which the disk is full when `culprit` saves this one of its files (-1: the last one), and how many
     files a rank has.
     """
@@ -248,15 +248,15 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
     return "", files
 
 
-def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
+def fail_while_it_is_published(directory: str, model: str, source: WeightLayout) -> str:
     """The error of a second sync in which rank 1 fails after all have written, and rank 0 is slow to publish."""
     writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=60), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
     writer.sync(1, shards)
-    meet, sync_to_disk = writer.wire.board.meet, disk.sync_to_disk
+    barrier, sync_to_disk = writer.wire.board.barrier, disk.sync_to_disk
 
-    def meet_and_fail(phase: str) -> None:
-        meet(phase)
+    def pass_and_fail(phase: str) -> None:
+        barrier(phase)
         if phase == "written":
             raise OSError("rank 1 has had enough")
 
@@ -265,7 +265,7 @@ def fail_while_it_is_published(directory: str, model: str, source: Placement) ->
         sync_to_disk(path)
 
     if dist.get_rank() == 1:
-        writer.wire.board.meet = meet_and_fail
+        writer.wire.board.barrier = pass_and_fail
     else:
         disk.sync_to_disk = slowly
     try:
@@ -284,7 +284,7 @@ def picklable(shards: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.detach() for name, t in shards.items()}
 
 
-def failing(model: str, source: Placement, destination: Placement, culprit: int, fault: str) -> dict[str, Any]:
+def failing(model: str, source: WeightLayout, destination: WeightLayout, culprit: int, fault: str) -> dict[str, Any]:
     """Two good syncs, one that fails on rank `culprit`, a retry, and a good one on a new transport."""
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)

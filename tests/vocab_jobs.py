@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, gemm, sweep, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, gemm, head_chunks, vocab_parallel_logprob, vocab_parallel_loss
 from tests.vocab_cases import Case
 
 
@@ -20,7 +20,7 @@ def pieces(small: bool) -> Iterator[None]:
     if not small:
         yield
         return
-    with mock.patch.object(gemm, "_BLOCK_ROWS", 10), mock.patch.object(sweep, "_COLUMNS", 37):
+    with mock.patch.object(gemm, "_BLOCK_ROWS", 10), mock.patch.object(head_chunks, "_COLUMNS", 37):
         yield
 
 
@@ -89,7 +89,7 @@ class _Watched:
 def events_of_the_chunks(case: Case, overlap: bool) -> list[str]:
     """Events of `single_pass` by chunk: "logits" computed, a "gather" of so many bytes started, a "wait" for one."""
     events: list[str] = []
-    gather, logits = dist.all_gather_into_tensor, sweep.chunk_logits
+    gather, logits = dist.all_gather_into_tensor, head_chunks.chunk_logits
 
     def watched_gather(out: torch.Tensor, own: torch.Tensor, **options: Any) -> _Watched:
         events.append(f"gather {own.nbytes}")
@@ -100,8 +100,8 @@ def events_of_the_chunks(case: Case, overlap: bool) -> list[str]:
         return logits(*arguments)
 
     with (
-        mock.patch.object(sweep.dist, "all_gather_into_tensor", watched_gather),
-        mock.patch.object(sweep, "chunk_logits", watched_logits),
+        mock.patch.object(head_chunks.dist, "all_gather_into_tensor", watched_gather),
+        mock.patch.object(head_chunks, "chunk_logits", watched_logits),
     ):
         single_pass(case, 0.0, overlap)
     return events

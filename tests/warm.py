@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any, NoReturn
 
 from etr_megatron.platform.lifetime import die_with_parent
-from etr_megatron.status import run_and_leave
+from etr_megatron.status import run_and_exit
 from tests.nursery import CAN_IMPORT, IGNORED, ROOT, of_session
 
 
@@ -145,9 +145,9 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     sys.argv[0] = option
     if option == "-c":
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        run_and_leave(lambda: exec(program, vars(main)) or 0)
+        run_and_exit(lambda: exec(program, vars(main)) or 0)
     assert option == "-m"
-    run_and_leave(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True) and 0)
+    run_and_exit(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True) and 0)
 
 
 class _Blank:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
-from etr_megatron.status import code_of_printing, exit_code_of, report_user_error, run_and_leave
+from etr_megatron.status import exit_code_of, report_user_error, run_and_exit, run_cli
 
 if TYPE_CHECKING:
     from etr_megatron.convert import Ranks
@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     from etr_megatron.platform.files import path_errors
 
     ranks = convert.Ranks()
-    with convert.watched(ranks, give_up), path_errors():
+    with convert.detecting_silent_ranks(ranks, give_up), path_errors():
         return convert_or_compare(asked, ranks)
 
 
@@ -103,7 +103,7 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
 
     start = time.monotonic()
     named = {name: getattr(asked, name) for name in ("hf", "megatron", "out") if hasattr(asked, name)}
-    convert.refuse_mistaken(ranks, **named)
+    convert.check_directories(ranks, **named)
     if asked.command == "verify":
         logits, prompt = not asked.no_logits, asked.prompt
         return report(convert.verify(asked.hf, asked.megatron, ranks, logits=logits, prompt=prompt, base=asked.base))
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     end_on_signals()
     # By default, the garbage collector runs after every 700 new objects, which takes a fifth of the time of importing modules.
     gc.set_threshold(100_000)
-    run_and_leave(lambda: code_of_printing(main))
+    run_and_exit(lambda: run_cli(main))

@@ -15,7 +15,7 @@ from etr_megatron.cli import given_path, last_of_each
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import GPUS, make_plan, render, suggestions
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 
 def main() -> int:
@@ -54,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(code_of_printing(main))
+    sys.exit(run_cli(main))

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_rank
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.platform.files import disk_errors, entries, no_room, sync_to_disk
-from etr_megatron.platform.together import together
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
@@ -68,8 +68,8 @@ def _path(checkpoints: Path, step: int) -> Path:
 
 
 @dataclass
-class Unwritten:
-    """A checkpoint of which `write` writes the shards and the trainer's files. `prepare` makes it. files: on rank 0 only."""
+class PreparedCheckpoint:
+    """The content of a checkpoint, from `prepare`; `write` writes its shards and the trainer's files. files: on rank 0 only."""
 
     checkpoints: Path
     step: int
@@ -83,22 +83,22 @@ class Unwritten:
         """The folder's name until it is complete."""
         return self.checkpoints / f".step_{self.step:06d}.unfinished"
 
-    def make_room(self) -> None:
-        """Make an empty folder for the checkpoint, and remove those that killed saves have left."""
+    def create_folder(self) -> None:
+        """Create an empty folder for the checkpoint, and remove those that killed saves have left."""
         with disk_errors(self.checkpoints):
             for leftover in entries(self.checkpoints, ".step_*.unfinished"):
                 shutil.rmtree(leftover)
             self.temporary.mkdir(parents=True)
 
-    def write(self, group: dist.ProcessGroup | None = None, meet: Callable[[], None] = lambda: None) -> None:
+    def write(self, group: dist.ProcessGroup | None = None, barrier: Callable[[], None] = lambda: None) -> None:
         """Write all files, then give the folder its name and remove older checkpoints. A collective of `group` (None: all
         ranks), which has all ranks and must be gloo in a thread. Raises the same errors as `save`, on every rank.
 
-        meet: called on every rank after its shards are written or have failed.
+        barrier: called on every rank after its shards are written or have failed.
         """
         with self.errors():
-            self.shards.write(self.temporary, group, meet)
-            together(lambda: self._publish() if dist.get_rank() == 0 else None, group)
+            self.shards.write(self.temporary, group, barrier)
+            on_all_ranks(lambda: self._publish() if dist.get_rank() == 0 else None, group)
 
     def _publish(self) -> None:
         for name, data in self.files.items():
@@ -152,26 +152,26 @@ def prepare(
     keep: int,
     best: Collection[int] = (),
     snapshot: bool = True,
-) -> Unwritten:
+) -> PreparedCheckpoint:
     """The part of `save` that needs the policy and the trainer. A collective, with the arguments and errors of `save`.
 
-    snapshot: copy the state to host memory. Without it, the policy must not change until `Unwritten.write` has returned.
+    snapshot: copy the state to host memory. Without it, the policy must not change until `write` has returned.
     """
-    unwritten = Unwritten(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
+    prepared = PreparedCheckpoint(checkpoints, step, keep, best, TorchDistSave(copies=snapshot))
     rank0 = dist.get_rank() == 0
-    with unwritten.errors():
-        together(lambda: unwritten.make_room() if rank0 else None)
+    with prepared.errors():
+        on_all_ranks(lambda: prepared.create_folder() if rank0 else None)
         base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
-        dist_checkpointing.save(sharded, str(unwritten.temporary), sharded_strategy=shared_among_replicas(unwritten.shards))
+        dist_checkpointing.save(sharded, str(prepared.temporary), sharded_strategy=shared_among_replicas(prepared.shards))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             files = {_TENSORS_FILE: tensors_as_bytes(state.pop("tensors", {}))}
             if policy.adapters.spec is not None:
                 files[LORA_FILE] = json.dumps(policy.adapters.spec.as_json()).encode()
                 state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
-            unwritten.files = {**files, TRAINER_FILE: json.dumps(state).encode()}
-    return unwritten
+            prepared.files = {**files, TRAINER_FILE: json.dumps(state).encode()}
+    return prepared
 
 
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     Raises UserError for a checkpoint that does not fit the model or is damaged.
     """
     path = _path(checkpoints, step)
-    with _damage_told(path):
+    with _damage_as_user_error(path):
         return _load(path, step, policy)
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     """Turn readers' errors on truncated or corrupt files into a UserError."""
     try:
         yield

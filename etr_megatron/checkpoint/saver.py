@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.checkpoint.checkpoint import Unwritten, prepare, save
+from etr_megatron.checkpoint.checkpoint import PreparedCheckpoint, prepare, save
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_full_behind, no_room
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import PhaseBarriers
 from etr_megatron.policy import Policy
 
 logger = logging.getLogger(__name__)
 
-LEAST_CLOSE_S = 60.0
+MIN_CLOSE_S = 60.0
 """Seconds that a save may take at least after the run has failed."""
 
 OTHERS_S = 10.0
@@ -36,18 +36,18 @@ class Saver:
     """All methods but `times` and `close` are collectives.
 
         saver.save(folder, step, policy, state, best)   # returns after the snapshot
-        saver.check()                                   # at every meeting of the run: raises the error of that save
+        saver.check()                                   # at every barrier of the run: raises the error of that save
         saver.finish()                                  # returns when the checkpoint is complete
 
     At most one save is pending. Errors are those of `checkpoint.save`, or TimeoutError and ConnectionError, which name a rank
     that has not written. `check` raises on all ranks if a save has failed on one.
     """
 
-    def __init__(self, config: Config, phases: Phases) -> None:
+    def __init__(self, config: Config, phases: PhaseBarriers) -> None:
         """phases: of the run's main threads."""
         self._keep, self._phases = config.checkpoint.keep, phases
         # A thread cannot share a group with the main thread: they would take each other's messages.
-        self._writers = Phases(config.run.phase_timeout_s) if config.checkpoint.asynchronous else None
+        self._writers = PhaseBarriers(config.run.phase_timeout_s) if config.checkpoint.asynchronous else None
         self._pending: _Pending | None = None
         self._times: dict[str, float] = {}
 
@@ -64,10 +64,10 @@ class Saver:
         """Raise the error of the pending save if it has failed on any rank. Does not wait for it otherwise."""
         if self._pending is None:
             return
-        state = self._phases.highest(self._pending.state)
+        state = self._phases.all_reduce_max(self._pending.state)
         if state == _RUNNING:
             return
-        if state == _FAILED and not self._pending.over.wait(OTHERS_S):
+        if state == _FAILED and not self._pending.done.wait(OTHERS_S):
             self._pending = None  # this rank's disk hangs, and so would `close`
         else:
             self._end_of_pending()
@@ -79,7 +79,7 @@ class Saver:
         if self._pending is None:
             return
         with self._stops():
-            self._pending.over.wait()
+            self._pending.done.wait()
         try:
             self._end_of_pending()
         except (UserError, RuntimeError) as error:  # not those that name a lost rank
@@ -89,11 +89,11 @@ class Saver:
 
     def close(self) -> None:
         """Wait for the pending save after an error that ends the run. As another rank may be lost, wait at most as long again
-        as the save has taken, or `LEAST_CLOSE_S`. Its own error is only logged."""
+        as the save has taken, or `MIN_CLOSE_S`. Its own error is only logged."""
         if self._pending is None:
             return
         try:
-            if not self._pending.over.wait(max(LEAST_CLOSE_S, self._pending.age)):
+            if not self._pending.done.wait(max(MIN_CLOSE_S, self._pending.age)):
                 raise TimeoutError("not all ranks have written it in time")
             self._end_of_pending()
         except Exception as error:
@@ -120,29 +120,29 @@ class Saver:
 
 
 class _Pending:
-    """A checkpoint that a thread writes. writers: of the threads of all ranks. over: set when it is complete or has failed.
+    """A checkpoint that a thread writes. writers: of the threads of all ranks. done: set when it is complete or has failed.
 
     The thread is a daemon: it ends with the process, even if a disk hangs.
     """
 
-    def __init__(self, unwritten: Unwritten, writers: Phases) -> None:
-        self.over = threading.Event()
+    def __init__(self, prepared: PreparedCheckpoint, writers: PhaseBarriers) -> None:
+        self.done = threading.Event()
         self._error: BaseException | None = None
         self._begun, self._seconds = time.perf_counter(), 0.0
-        what = f"writing of the checkpoint of step {unwritten.step}"
+        what = f"writing of the checkpoint of step {prepared.step}"
 
-        def meet() -> None:
+        def barrier() -> None:
             try:
-                writers.meet(what)
+                writers.barrier(what)
             except Exception as error:
-                full = disk_full_behind(error)  # of this rank, before it met the others
-                told = type(error)(f"{error}; besides, {unwritten.checkpoints}: {no_room(full)}") if full else error
-                self._end(told)  # torch's next collective would first wait once more for the missing rank
+                full = disk_full_behind(error)  # of this rank, before the barrier
+                both = type(error)(f"{error}; besides, {prepared.checkpoints}: {no_room(full)}") if full else error
+                self._end(both)  # torch's next collective would first wait once more for the missing rank
                 raise
 
         def write() -> None:
             try:
-                unwritten.write(writers.group, meet)
+                prepared.write(writers.group, barrier)
             except BaseException as error:  # raised by `result`, in the thread that can handle it
                 self._end(error)
             else:
@@ -151,9 +151,9 @@ class _Pending:
         threading.Thread(target=write, name=what, daemon=True).start()
 
     def _end(self, error: BaseException | None) -> None:
-        if not self.over.is_set():  # the first error is the cause
+        if not self.done.is_set():  # the first error is the cause
             self._error, self._seconds = error, self.age
-            self.over.set()
+            self.done.set()
 
     @property
     def age(self) -> float:
@@ -163,13 +163,13 @@ class _Pending:
     @property
     def state(self) -> int:
         """`_COMPLETE`, `_RUNNING` or `_FAILED`."""
-        if not self.over.is_set():
+        if not self.done.is_set():
             return _RUNNING
         return _COMPLETE if self._error is None else _FAILED
 
     def result(self) -> float:
-        """Wait until it is over. Returns the seconds that the write took, or raises the error of the thread."""
-        self.over.wait()
+        """Wait until it is done. Returns the seconds that the write took, or raises the error of the thread."""
+        self.done.wait()
         if self._error is not None:
             raise self._error
         return self._seconds

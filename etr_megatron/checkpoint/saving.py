@@ -39,12 +39,12 @@ class _Writer(dcp.FileSystemWriter):
     contexts are lost when torch gathers the failures of all ranks.
     """
 
-    def __init__(self, *args: Any, meet: Callable[[], None] = lambda: None, **options: Any) -> None:
+    def __init__(self, *args: Any, barrier: Callable[[], None] = lambda: None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._meet = meet
+        self._barrier = barrier
 
     def write_data(self, *args: Any) -> Any:
-        """Write, then `meet`; if the disk is full, raise the OSError itself, even if torch has wrapped it in another exception.
+        """Write, then call `barrier`. If the disk is full, raise the OSError itself, even if torch has wrapped it.
 
         torch gathers the ranks' results next. Its gathering would not name a rank that is missing.
         """
@@ -56,7 +56,7 @@ class _Writer(dcp.FileSystemWriter):
                 raise
             raise OSError(full.errno, full.strerror) from error
         finally:
-            self._meet()
+            self._barrier()
 
 
 def disk_full_anywhere(error: BaseException) -> OSError | None:
@@ -91,14 +91,14 @@ class TorchDistSave(SaveShardedStrategy):
                     part.data = _host_copy(part.data)
         self._shards = mcore_to_pyt_state_dict(renamed, False)
 
-    def write(self, folder: Path, group: dist.ProcessGroup | None = None, meet: Callable[[], None] = lambda: None) -> None:
+    def write(self, folder: Path, group: dist.ProcessGroup | None = None, barrier: Callable[[], None] = lambda: None) -> None:
         """Write all shards; a collective of `group` (None: all ranks). Raises torch's CheckpointException on every rank, with
-        the failures by rank. meet: called on every rank after its shards are written or have failed."""
+        the failures by rank. barrier: called on every rank after its shards are written or have failed."""
         # Copies are on the CPU. torch's overlapped copying would create a CUDA context in a thread, for the first GPU.
         ahead = {"per_thread_copy_ahead": 0} if self._copies else {}
         dcp.save(
             self._shards,
-            storage_writer=_Writer(folder, thread_count=1, sync_files=True, meet=meet, **ahead),
+            storage_writer=_Writer(folder, thread_count=1, sync_files=True, barrier=barrier, **ahead),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )

@@ -43,7 +43,7 @@ from etr_megatron.config.schema import (
     TrainConfig,
 )
 from etr_megatron.config.sources import ARITHMETIC, Source, samples_of_set, sets_by_name, sources_of
-from etr_megatron.config.validate import doubts, validate
+from etr_megatron.config.validate import config_warnings, validate
 
 __all__ = [
     "ARITHMETIC",
@@ -69,7 +69,7 @@ __all__ = [
     "Source",
     "TinyConfig",
     "TrainConfig",
-    "doubts",
+    "config_warnings",
     "dump_yaml",
     "fill_objective",
     "load_config",

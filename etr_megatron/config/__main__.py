@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from etr_megatron.config.reference import render_reference
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,4 +17,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(code_of_printing(main))
+    sys.exit(run_cli(main))

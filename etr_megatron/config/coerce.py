@@ -17,7 +17,7 @@ _DIGITS = r"\d(_?\d)*"
 """As `int` and `float` take them: an underscore stands between two digits."""
 _FLOAT = re.compile(rf"[+-]?({_DIGITS}\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INT = re.compile(rf"[+-]?{_DIGITS}")
-_LONGEST_INT = 1000
+_MAX_INT_CHARS = 1000
 """Python does not parse integers of more than 4300 digits."""
 
 
@@ -127,7 +127,7 @@ def _scalar(node: yaml.Node, hint: Any) -> bool | int | float:
     text = node.value
     if hint is bool and node.tag == "tag:yaml.org,2002:bool":
         return text.lower() in ("true", "yes", "on")
-    if hint is int and _INT.fullmatch(text) and len(text) <= _LONGEST_INT:
+    if hint is int and _INT.fullmatch(text) and len(text) <= _MAX_INT_CHARS:
         return int(text)
     if hint is float and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)

@@ -11,19 +11,19 @@ from etr_megatron.errors import UserError
 class InvalidConfigError(UserError):
     """A config is invalid; the message lists all problems.
 
-    head: start of the message. config: the part of the config that could be read. doubtful: the `section.key`s in it whose
-    values are wrong or not what the user tried to set; checks must not draw conclusions from them.
+    head: start of the message. config: the part of the config that could be read. unreliable_keys: the
+    `section.key`s in it whose values are wrong or not what the user tried to set; checks must not draw conclusions from them.
     """
 
-    def __init__(self, head: str, problems: Sequence[str], config: Config, doubtful: Collection[str] = ()) -> None:
+    def __init__(self, head: str, problems: Sequence[str], config: Config, unreliable_keys: Collection[str] = ()) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__("\n".join([f"{head}, {count}:", *(f"  - {problem}" for problem in problems)]))
-        self._head, self._problems, self.config, self.doubtful = head, list(problems), config, frozenset(doubtful)
+        self._head, self._problems, self.config, self.unreliable_keys = head, list(problems), config, frozenset(unreliable_keys)
 
-    def beside(self, problems: Sequence[str]) -> InvalidConfigError:
+    def with_problems(self, problems: Sequence[str]) -> InvalidConfigError:
         """The same error with more problems."""
-        return InvalidConfigError(self._head, [*self._problems, *problems], self.config, self.doubtful)
+        return InvalidConfigError(self._head, [*self._problems, *problems], self.config, self.unreliable_keys)
 
-    def headed(self, head: str) -> InvalidConfigError:
+    def with_head(self, head: str) -> InvalidConfigError:
         """The same error with another start of its message."""
-        return InvalidConfigError(head, self._problems, self.config, self.doubtful)
+        return InvalidConfigError(head, self._problems, self.config, self.unreliable_keys)

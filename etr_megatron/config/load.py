@@ -14,7 +14,7 @@ from etr_megatron.config.coerce import Mismatch, coerce, plain_text
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.megatron_fields import FIELDS, KEY
 from etr_megatron.config.schema import Config
-from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
+from etr_megatron.config.validate import depends_on, render, violations, wrong_keys
 
 OVERRIDE = "command line"
 """Source of a value set by an override."""
@@ -29,11 +29,11 @@ KEYS = frozenset(f"{section}.{name}" for section, names in SECTIONS.items() for 
 class _Problems:
     """Problems to report, and the keys whose values could not be read; these keys are not checked further."""
 
-    told: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
 
-    def tell(self, problem: str, unread: Collection[str] = ()) -> None:
-        self.told.append(problem)
+    def add(self, problem: str, unread: Collection[str] = ()) -> None:
+        self.messages.append(problem)
         self.unread.update(unread)
 
 
@@ -89,7 +89,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         try:
             value = _value(setting)
         except Mismatch as mismatch:
-            problems.tell(_told_mismatch(setting, mismatch), [setting.key])
+            problems.add(_mismatch_message(setting, mismatch), [setting.key])
             continue
         section, source = getattr(config, setting.section), setting.source
         if setting.entry is not None:
@@ -104,9 +104,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             problems.unread.discard(setting.key)
 
     found = [one for one in violations(config) if problems.unread.isdisjoint(depends_on(one, config))]
-    told = [*problems.told, *(render(violation, config, sources) for violation in found)]
-    if told:
-        raise InvalidConfigError("invalid configuration", told, config, problems.unread | wrong_alone(found))
+    messages = [*problems.messages, *(render(violation, config, sources) for violation in found)]
+    if messages:
+        raise InvalidConfigError("invalid configuration", messages, config, problems.unread | wrong_keys(found))
     return config
 
 
@@ -128,7 +128,7 @@ def _value(setting: _Setting) -> Any:
     return coerce(setting.node, setting.hint, setting.verbatim)
 
 
-def _told_mismatch(setting: _Setting, mismatch: Mismatch) -> str:
+def _mismatch_message(setting: _Setting, mismatch: Mismatch) -> str:
     if not setting.shown:
         return (
             f"{setting.written} ({setting.source}): the value is empty; give {mismatch}, or leave the key out for its default"
@@ -140,11 +140,11 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals:
-        problems.tell(f"{override} ({OVERRIDE}): an override must have the form section.key=value")
+        problems.add(f"{override} ({OVERRIDE}): an override must have the form section.key=value")
         return None
     if not dot:
         near, hint = _nearest(section)
-        problems.tell(f"{section} ({OVERRIDE}): an override must have the form section.key=value{hint}", near)
+        problems.add(f"{section} ({OVERRIDE}): an override must have the form section.key=value{hint}", near)
         return None
     name, entry = _mapping_and_entry(section, name)
     if not _known(section, name, OVERRIDE, problems):
@@ -170,19 +170,19 @@ def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        problems.tell(f"config file {path} cannot be read: {error.strerror}", KEYS)
+        problems.add(f"config file {path} cannot be read: {error.strerror}", KEYS)
         return []
     except UnicodeDecodeError as error:
-        problems.tell(f"config file {path} is not UTF-8 text (byte {error.start})", KEYS)
+        problems.add(f"config file {path} is not UTF-8 text (byte {error.start})", KEYS)
         return []
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problems.tell(f"{path}{line}: not valid YAML, {error.problem or error.context}", KEYS)
+        problems.add(f"{path}{line}: not valid YAML, {error.problem or error.context}", KEYS)
         return []
     except (yaml.YAMLError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        problems.tell(f"{path}: not valid YAML, {reason}", KEYS)
+        problems.add(f"{path}: not valid YAML, {reason}", KEYS)
         return []
     if root is None:
         return []
@@ -190,7 +190,7 @@ def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
     for section, node, source in _entries(root, str(path), "", problems):
         if section not in SECTIONS:
             near, hint = _nearest(section)
-            problems.tell(f"{section} ({source}): unknown section{hint}", near)
+            problems.add(f"{section} ({source}): unknown section{hint}", near)
         elif not (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):  # null if all its keys are commented out
             settings += [
                 _Setting(section, name, value, _shorten(text[value.start_mark.index : value.end_mark.index]), where)
@@ -206,17 +206,17 @@ def _entries(node: yaml.Node, path: str, prefix: str, problems: _Problems) -> li
     if not isinstance(node, yaml.MappingNode):
         what = f"{prefix[:-1]} ({where})" if prefix else where
         unread = [key for key in KEYS if key.startswith(prefix)]
-        problems.tell(f"{what}: must be a mapping of {'keys to values' if prefix else 'sections'}", unread)
+        problems.add(f"{what}: must be a mapping of {'keys to values' if prefix else 'sections'}", unread)
         return []
     entries: dict[str, tuple[str, yaml.Node, str]] = {}
     for key_node, value in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.tell(f"{where}: a key must be plain text")
+            problems.add(f"{where}: a key must be plain text")
             continue
         key = key_node.value
         if key in entries:
-            problems.tell(f"{prefix}{key} ({where}): given twice, first at {entries[key][2]}")
+            problems.add(f"{prefix}{key} ({where}): given twice, first at {entries[key][2]}")
         entries[key] = (key, value, where)
     return list(entries.values())
 
@@ -228,16 +228,16 @@ def _known(section: str, name: str, source: str, problems: _Problems) -> bool:
         keys, hint = _suggestion(exact) if exact else _nearest(name)
         if not keys:
             keys, hint = _nearest(section)
-        problems.tell(f"{section}.{name} ({source}): unknown section {section}{hint}", keys)
+        problems.add(f"{section}.{name} ({source}): unknown section {section}{hint}", keys)
         return False
     if name not in SECTIONS[section]:
         mapping, dot, entry = name.partition(".")
         if dot and any(map(is_mapping, get_args(SECTIONS[section].get(mapping)))):
             whole = f"{section}.{mapping}"
-            problems.tell(f"{section}.{name} ({source}): give the whole mapping, as {whole}={{{entry}: value}}", [whole])
+            problems.add(f"{section}.{name} ({source}): give the whole mapping, as {whole}={{{entry}: value}}", [whole])
             return False
         keys, hint = _nearest(mapping, section)
-        problems.tell(f"{section}.{name} ({source}): unknown key{hint}", keys)
+        problems.add(f"{section}.{name} ({source}): unknown key{hint}", keys)
         return False
     return True
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective
 from etr_megatron.config.presets import PRESETS
-from etr_megatron.config.rules import DOUBTS, RULES, Violation, get, parallel
+from etr_megatron.config.rules import RULES, WARNING_RULES, Violation, get, parallel
 from etr_megatron.config.rules.violation import without_entry
 from etr_megatron.config.schema import Config
 
@@ -18,10 +18,10 @@ def validate(config: Config, world_size: int | None) -> list[str]:
     return [render(violation, config) for violation in violations(config, world_size)]
 
 
-def doubts(config: Config) -> list[str]:
+def config_warnings(config: Config) -> list[str]:
     """Settings that are allowed but probably unintended, in the form of `validate`."""
     filled = replace(config, objective=fill_objective(config.objective))
-    return [render(doubt, config) for rule in DOUBTS for doubt in rule(filled)]
+    return [render(found, config) for rule in WARNING_RULES for found in rule(filled)]
 
 
 def violations(config: Config, world_size: int | None = None) -> list[Violation]:
@@ -42,7 +42,7 @@ def depends_on(violation: Violation, config: Config) -> set[str]:
     return keys | ({"objective.preset"} if is_inherited else set())
 
 
-def wrong_alone(found: Iterable[Violation]) -> set[str]:
+def wrong_keys(found: Iterable[Violation]) -> set[str]:
     """The keys whose value is wrong regardless of the others."""
     return {without_entry(one.keys[0]) for one in found if len(one.keys) == 1}
 

@@ -89,7 +89,7 @@ def verify(
         tokens = _tokens(hf, arch, prompt)
     result = _compare_tensors(arch, stored, source, ranks)
     if isinstance(stored, Merged):
-        stored.refuse_other_base(ranks.total)
+        stored.refuse_other_base(ranks.all_reduce_sum)
     if tokens is not None:
         ours = _megatron_logits(arch, found.weights if found.base is None else ByName(stored, arch), tokens)
         types = {name: stored.type_of(name, w) for w in weights_of(arch) for name in w.hf}

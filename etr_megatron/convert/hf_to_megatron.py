@@ -44,13 +44,13 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
         raise UserError(f"--hf {hf} is already a torch_dist checkpoint")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # takes a second to import
 
-    arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype, ranks.rank == 0))
+    arch, dtypes, chunks = ranks.on_all_ranks(lambda: _prepare(hf, dtype, ranks.rank == 0))
     sizes = [chunk.nbytes for chunk in chunks]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder, progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
         write_torch_dist(folder, [chunks[i] for i in mine], _objects(arch), ranks, bar.update)
         plain = {dtypes[weight.stored] for weight in weights_of(arch) if not weight.fp32}
-        ranks.first(lambda: copy_hf_files(hf, folder, plain))
+        ranks.on_rank0(lambda: copy_hf_files(hf, folder, plain))
     return sum(sizes)
 
 

@@ -69,7 +69,7 @@ def to_adapter(
     dtype: None keeps float32, as they are trained. config_from, base: see `find_megatron`. Returns the bytes of all tensors.
     Raises UserError for a checkpoint of a whole model, or one that does not fit the config.json, and as `output_directory`.
     """
-    model, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
+    model, arch, source = ranks.on_all_ranks(lambda: _open(megatron, config_from, base))
     modules = list(_modules(arch, source.low_rank))
     rank = max(module.adapter.rank for module in modules if module.adapter)
     tensors = [module.tensors(rank, dtype or torch.float32) for module in modules]
@@ -77,8 +77,8 @@ def to_adapter(
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder:
         listed = [tensor for pair in tensors for tensor in pair]
-        writer = ranks.together(lambda: SafetensorsWriter(folder, listed, None, "adapter_model"))
-        ranks.first(writer.create)
+        writer = ranks.on_all_ranks(lambda: SafetensorsWriter(folder, listed, None, "adapter_model"))
+        ranks.on_rank0(writer.create)
 
         def convert() -> None:
             with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
@@ -86,9 +86,9 @@ def to_adapter(
                     for tensor, values in zip(tensors[i], _factors(modules[i], source, rank), strict=True):
                         bar.update(writer.write(tensor.name, (0, 0), values))
 
-        ranks.together(convert)
+        ranks.on_all_ranks(convert)
         config = _config(model, arch, source.low_rank, modules, rank)
-        ranks.first(lambda: write_atomically(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()))
+        ranks.on_rank0(lambda: write_atomically(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()))
     return sum(sizes)
 
 

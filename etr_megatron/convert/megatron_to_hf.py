@@ -44,15 +44,15 @@ def to_hf(
     both. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its config.json, and as
     `output_directory`.
     """
-    found, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
+    found, arch, source = ranks.on_all_ranks(lambda: _open(megatron, config_from, base))
     weights = weights_of(arch)
     tensors = [_tensors(source, weight, dtype, fp8_block) for weight in weights]
     sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder:
         listed = [tensor for some in tensors for tensor in some]
-        writer = ranks.together(lambda: SafetensorsWriter(folder, listed, max_file_bytes))
-        ranks.first(writer.create)
+        writer = ranks.on_all_ranks(lambda: SafetensorsWriter(folder, listed, max_file_bytes))
+        ranks.on_rank0(writer.create)
         quantiser = Quantiser(source, arch, fp8_block) if fp8_block else None
 
         def convert() -> None:
@@ -64,12 +64,12 @@ def to_hf(
                     else:
                         _convert(source, weights[i], arch, writer, bar.update)
 
-        ranks.together(convert)
+        ranks.on_all_ranks(convert)
         if isinstance(source, Merged):
-            source.refuse_other_base(ranks.total)
+            source.refuse_other_base(ranks.all_reduce_sum)
         plain = {dtype or source.type_of(name, weight) for weight in weights if not weight.fp32 for name in weight.hf}
         quantization = _quantization(arch, fp8_block) if fp8_block else None
-        ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))
+        ranks.on_rank0(lambda: copy_hf_files(found.config, folder, plain, quantization))
     return sum(sizes)
 
 

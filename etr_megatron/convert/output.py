@@ -37,12 +37,12 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     """
     refuse_existing(out)
     partial = out.with_name(out.name + ".unfinished")
-    lock = ranks.first(lambda: _prepare(out, partial, size))
+    lock = ranks.on_rank0(lambda: _prepare(out, partial, size))
     try:
         try:
             _refuse_unshared(partial, out, ranks)
             yield partial
-            ranks.first(lambda: _finish(partial, out))
+            ranks.on_rank0(lambda: _finish(partial, out))
         except BaseException as error:
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -133,8 +133,8 @@ def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
-    marker, token = partial / _OURS, ranks.agreed(secrets.token_hex(16))
-    ranks.first(lambda: marker.write_text(token))
+    marker, token = partial / _OURS, ranks.broadcast(secrets.token_hex(16))
+    ranks.on_rank0(lambda: marker.write_text(token))
 
     def look() -> None:
         deadline = time.monotonic() + SEEN_S
@@ -146,7 +146,7 @@ def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
                 )
             time.sleep(0.1)
 
-    ranks.together(look)
+    ranks.on_all_ranks(look)
 
 
 def _holds(file: Path, text: str) -> bool:

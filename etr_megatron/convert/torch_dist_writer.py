@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from etr_megatron.convert.ahead import one_ahead
 from etr_megatron.convert.chunk import ChunkToWrite
 from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
+from etr_megatron.convert.prefetch import prefetch
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.platform.files import disk_full_behind
 from etr_megatron.weights.file_tensor import Index, Span
@@ -98,7 +98,7 @@ class _Writer(dcp.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0.distcp"
         try:
             with open(Path(self.path) / name, "wb") as file:
-                data = one_ahead(map(planner.resolve_data, plan.items))
+                data = prefetch(map(planner.resolve_data, plan.items))
                 written = [self._write(file, name, *one) for one in zip(plan.items, data, strict=True)]
                 future.set_result(written)
                 file.flush()
@@ -222,7 +222,7 @@ def write_torch_dist(
             )
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
-    ranks.first(lambda: _write_common(path))
+    ranks.on_rank0(lambda: _write_common(path))
 
 
 def _write_common(path: Path) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import torch.distributed as dist
 
 from etr_megatron.convert.ranks import Ranks
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 
 BEAT_S = 5.0
@@ -25,7 +25,7 @@ SILENCE_S = 120.0
 
 
 @contextmanager
-def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
+def detecting_silent_ranks(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
     """Send heartbeats while the block runs; give_up(message naming silent ranks) is called, once, in another thread.
 
     That thread cannot stop a collective: `give_up` must end the process.
@@ -34,7 +34,7 @@ def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     store = dist.PrefixStore("signs of life", dist.distributed_c10d._get_default_store())
-    with beside(lambda done: _watch(store, ranks.rank, ranks.world, done, give_up), "watch"):
+    with background_thread(lambda done: _watch(store, ranks.rank, ranks.world, done, give_up), "watch"):
         yield
 
 

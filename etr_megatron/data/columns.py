@@ -13,7 +13,7 @@ from etr_megatron.config.schema import DataConfig
 from etr_megatron.errors import UserError
 from etr_megatron.types import Message, further_keys
 
-_MOST_SHOWN = 24
+_MAX_SHOWN = 24
 _ROLES = ("system", "user", "assistant", "tool")
 
 Messages = list[Message]
@@ -58,9 +58,9 @@ def find_columns(
         missing += [f"column {name!r} (reward.columns)" for name in extra if name not in available]
     if missing:
         shown = [repr(name) for name in available]
-        rest = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
-        told = f"its columns are {', '.join([*shown[:_MOST_SHOWN], *rest])}" if shown else "it has none at all"
-        raise NoColumnError(f"no {' and no '.join(missing)}; {told}")
+        rest = [f"and {len(shown) - _MAX_SHOWN} more"] if len(shown) > _MAX_SHOWN else []
+        column_list = f"its columns are {', '.join([*shown[:_MAX_SHOWN], *rest])}" if shown else "it has none at all"
+        raise NoColumnError(f"no {' and no '.join(missing)}; {column_list}")
     prompt, answer = found["prompt_column"], found["answer_column"]
     assert prompt is not None and answer is not None  # the config refuses empty names
     return Columns(prompt, answer, found["id_column"], extra)

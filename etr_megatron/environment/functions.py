@@ -8,7 +8,14 @@ from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.imports import ImportPathError, answering, has_parameter, import_function, raised, takes
+from etr_megatron.imports import (
+    ImportPathError,
+    accepts_arguments,
+    error_message,
+    has_parameter,
+    import_function,
+    request_handler,
+)
 from etr_megatron.types import Message, further_keys
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
@@ -25,7 +32,7 @@ def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironmen
     assert path is not None
     function = import_function(path)
     named = ("response_id",) if has_parameter(function, "response_id") else ()
-    if not takes(function, 3, named):
+    if not accepts_arguments(function, 3, named):
         wanted = "three arguments, the messages, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `response_id`, given by name" * bool(named))
 
@@ -33,9 +40,9 @@ def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironmen
         return function(request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named})
 
     def refuse(error: BaseException) -> EnvironmentReply:
-        return EnvironmentReply(None, "error", raised(path, error))
+        return EnvironmentReply(None, "error", error_message(path, error))
 
-    return answering(function, ask, lambda value: _reply(value, config), refuse)
+    return request_handler(function, ask, lambda value: _reply(value, config), refuse)
 
 
 def _reply(value: object, config: EnvironmentConfig) -> EnvironmentReply:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool
+from etr_megatron.platform.workers import MAX_CRASHES, FailedRequest, FunctionPool, WorkerPool
 
 
 class EnvironmentPool(FunctionPool):
@@ -48,8 +48,8 @@ class EnvironmentPool(FunctionPool):
         """
         return [(key, self._reply(outcome)) for key, outcome in self._pool.poll(timeout_s)]
 
-    def _reply(self, outcome: dict[str, object] | Lost) -> EnvironmentReply:
-        if not isinstance(outcome, Lost):
+    def _reply(self, outcome: dict[str, object] | FailedRequest) -> EnvironmentReply:
+        if not isinstance(outcome, FailedRequest):
             return EnvironmentReply(**outcome)  # type: ignore[arg-type]
         if outcome.why == "timeout":
             detail = f"no reply within environment.timeout_s = {self._config.timeout_s} s; {outcome.how}"

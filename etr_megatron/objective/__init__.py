@@ -1,6 +1,6 @@
 """Group statistics, elastic bounds, policy losses, KL estimators and aggregation, in pure non-distributed torch."""
 
-from etr_megatron.objective.additivity import refuse_if_rows_interact
+from etr_megatron.objective.additivity import check_row_independence
 from etr_megatron.objective.aggregation import token_weights
 from etr_megatron.objective.bounds import ElasticBounds
 from etr_megatron.objective.controls import control_radii
@@ -23,6 +23,7 @@ __all__ = [
     "LossSettings",
     "PolicyLoss",
     "Sequences",
+    "check_row_independence",
     "clip_ratio",
     "control_radii",
     "diagnostic_sums",
@@ -34,7 +35,6 @@ __all__ = [
     "overlong_punishment",
     "pass_rate_bins",
     "read_sums",
-    "refuse_if_rows_interact",
     "register_loss",
     "regularized",
     "resolve_loss",

@@ -16,7 +16,7 @@ _TOLERANCE = 1e-3
 that are too large by a factor of the number of chunks."""
 
 
-def refuse_if_rows_interact(loss: PolicyLoss, inputs: LossInputs) -> bool:
+def check_row_independence(loss: PolicyLoss, inputs: LossInputs) -> bool:
     """Compare the gradients of `loss` over R rows at once with those over two halves; False if the comparison is inconclusive.
 
     inputs: R >= 2 rows. The check uses copies of `logp` and `entropy`, and a random advantage for rows where it is 0, since

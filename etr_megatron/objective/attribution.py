@@ -26,8 +26,8 @@ def attributed_to_loss(name: str, where: str = "") -> Iterator[None]:
             raise
         frames = list(_frames(error))
         below = frames[2] if len(frames) > 2 else None  # skip the frames of this file and of the call
-        told = "".join(traceback.format_exception(type(error), error, below)).rstrip()
-        raise UserError(f"objective.loss {name} raised {where}{type(error).__name__}: {error}\n{told}") from error
+        trace = "".join(traceback.format_exception(type(error), error, below)).rstrip()
+        raise UserError(f"objective.loss {name} raised {where}{type(error).__name__}: {error}\n{trace}") from error
 
 
 def _frames(error: BaseException) -> Iterator[TracebackType]:

@@ -13,7 +13,7 @@ from etr_megatron.objective.inputs import LossInputs, LossOutputs
 from etr_megatron.objective.kl import kl_estimate
 from etr_megatron.objective.registry import register_loss
 
-LEAST_RADIUS = 1e-4
+MIN_CLIP_RADIUS = 1e-4
 """Smaller clip radii, in particular 0, are raised to this. With a radius of 0, rounding would decide at r = 1 whether a token
 gets its full gradient, a part of it (a tie of minimum and maximum) or none; and rounding differs between layouts. A step's
 first update, where r is 1 up to rounding, must be unclipped for any radius. GSPO's 3e-4 and 4e-4 are the smallest in use."""
@@ -25,8 +25,8 @@ def importance_ratio(logp: Tensor, old_logp: Tensor, bound: float) -> Tensor:
 
 
 def clip_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds 1 - low and 1 + high of a ratio, with radii of at least `LEAST_RADIUS`."""
-    return 1 - low.clamp(min=LEAST_RADIUS), 1 + high.clamp(min=LEAST_RADIUS)
+    """The bounds 1 - low and 1 + high of a ratio, with radii of at least `MIN_CLIP_RADIUS`."""
+    return 1 - low.clamp(min=MIN_CLIP_RADIUS), 1 + high.clamp(min=MIN_CLIP_RADIUS)
 
 
 def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:

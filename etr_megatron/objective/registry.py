@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
-from etr_megatron.imports import ImportPathError, import_function, takes
+from etr_megatron.imports import ImportPathError, accepts_arguments, import_function
 from etr_megatron.objective.attribution import attributed_to_loss
 from etr_megatron.objective.inputs import LossInputs, LossOutputs
 
@@ -125,7 +125,7 @@ def resolve_loss(name: str) -> PolicyLoss:
         function = import_function(name)
     except ImportPathError as error:
         raise UserError(f"objective.loss is {name!r}: {error}") from error
-    if not takes(function, 1):
+    if not accepts_arguments(function, 1):
         raise UserError(f"objective.loss is {name!r}: it must be callable with one argument, the LossInputs")
     return PolicyLoss(name, function, bool(getattr(function, "token_local", False)))
 

@@ -12,7 +12,7 @@ from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import load_rows, plot, summary
 from etr_megatron.platform.files import path_errors
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 _RUN_DIR = "a run's directory, such as runs/<run.name>"
 
@@ -62,4 +62,4 @@ def _rollout(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(code_of_printing(main))
+    sys.exit(run_cli(main))

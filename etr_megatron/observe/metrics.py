@@ -151,8 +151,8 @@ class MetricsLog:
     """The rows of one run.
 
         log = MetricsLog(run / "metrics.jsonl")
-        log.append(row)         # on disk when it returns
-        log.cut_back(step=25)   # on resume: forget what came after the checkpoint
+        log.append(row)              # on disk when it returns
+        log.truncate_after(step=25)  # on resume: drop what came after the checkpoint
 
     A NaN or an infinity is written as `null`: strict JSON cannot represent it, and refusing the row would lose the
     very step at which a run went wrong. Readers interpret `null` as "was not finite".
@@ -205,7 +205,7 @@ class MetricsLog:
         line = json.dumps(_checked(cast(MetricsRow, given | values)), allow_nan=False) + "\n"
         write_atomically(self.path, b"".join(kept for kept, _ in before) + line.encode())
 
-    def cut_back(self, step: int) -> int:
+    def truncate_after(self, step: int) -> int:
         """Keep the rows up to and including `step`, byte for byte, and return how many were dropped."""
         lines = self._lines()
         kept = [line for line, row in lines if row["step"] <= step]

@@ -16,7 +16,7 @@ from etr_megatron.observe.writers import open_writers
 class Recorder:
     """Writes metrics.jsonl, then TensorBoard and W&B, then the progress bar.
 
-    directory.cut_back(step=25)
+    directory.truncate_after(step=25)
     with Recorder(config, directory, resumed_at=25) as recorder:
         recorder.record(row)
     """

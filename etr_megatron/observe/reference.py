@@ -8,7 +8,7 @@ import re
 import sys
 
 from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsRow, StepMetrics
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 _KEY = re.compile(r"    (\w+): (int|float)(?:  # (.*))?")
 
@@ -66,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(code_of_printing(main))
+    sys.exit(run_cli(main))

@@ -122,17 +122,17 @@ def _evaluations(rows: list[MetricsRow], key: str) -> str:
         return "not evaluated"
     (first_step, first), (last_step, last) = points[0], points[-1]
     best_step, best = max(points, key=lambda point: (point[1], point[0]))
-    told = f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
-    return told if best == last else f"{told}, best {_number(best)} (step {best_step})"
+    text = f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
+    return text if best == last else f"{text}, best {_number(best)} (step {best_step})"
 
 
 def _change(key: str, first: list[MetricsRow], last: list[MetricsRow]) -> str:
     """Means over the rows of a run's first and last tenth; rows without groups of a training set lack its keys."""
-    told = []
+    tenths = []
     for rows in (first, last):
         values: list[dict[str, Any]] = [dict(row) for row in rows if key in row]
-        told.append(_number(_mean(row[key] for row in values)) if values else "no groups")
-    return f"first tenth {told[0]}, last tenth {told[1]}"
+        tenths.append(_number(_mean(row[key] for row in values)) if values else "no groups")
+    return f"first tenth {tenths[0]}, last tenth {tenths[1]}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

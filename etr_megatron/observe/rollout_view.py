@@ -22,7 +22,7 @@ def listing(run: Path, step: int) -> str:
     lines = []
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
-            facts = f"reward {sample['reward']:g}, {_tokens_told(sample)}, {sample['finish_reason']}"
+            facts = f"reward {sample['reward']:g}, {_token_counts(sample)}, {sample['finish_reason']}"
             lines.append(f"{group['id']}/{sample['index']}  {facts}")
     return "\n".join(lines)
 
@@ -53,7 +53,7 @@ def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[s
     return [
         f"sample        {name}",
         f"reward        {sample['reward']:g} ({', '.join([sample['reward_status'], *parts])})",
-        f"finish        {sample['finish_reason']}, {_tokens_told(sample)}",
+        f"finish        {sample['finish_reason']}, {_token_counts(sample)}",
         *([f"environment   {sample['environment_status']}"] if sample.get("environment_status") else []),
         f"log-prob gap  {gap}",
         f"answer        {problem['answer']}",
@@ -63,9 +63,9 @@ def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[s
     ]
 
 
-def _tokens_told(sample: dict[str, Any]) -> str:
-    told, mask = f"{len(sample['response_ids'])} tokens", sample.get("loss_mask")
-    return f"{told} ({len(mask) - sum(mask)} of replies)" if mask else told
+def _token_counts(sample: dict[str, Any]) -> str:
+    text, mask = f"{len(sample['response_ids'])} tokens", sample.get("loss_mask")
+    return f"{text} ({len(mask) - sum(mask)} of replies)" if mask else text
 
 
 def _response(sample: dict[str, Any]) -> list[str]:

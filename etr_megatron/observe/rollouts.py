@@ -27,7 +27,7 @@ def save_rollouts(directory: Path, step: int, groups: Iterable[Group]) -> Path:
     return path
 
 
-def cut_back_rollouts(directory: Path, step: int) -> int:
+def remove_rollouts_after(directory: Path, step: int) -> int:
     """Remove the files of steps after `step` and return how many there were."""
     with disk_errors(directory):
         found = entries(directory, "step_*.jsonl")
@@ -38,8 +38,12 @@ def cut_back_rollouts(directory: Path, step: int) -> int:
 
 
 def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
-    logprobs = sample.of_drawn(sample.rollout_logprobs)
-    replies = {"turns": sample.turns, "reply_tokens": len(sample.response_ids) - sample.drawn, "messages": sample.messages}
+    logprobs = sample.select_generated(sample.rollout_logprobs)
+    replies = {
+        "turns": sample.turns,
+        "reply_tokens": len(sample.response_ids) - sample.num_generated,
+        "messages": sample.messages,
+    }
     status = sample.environment_status
     return {
         "step": step,

@@ -19,7 +19,7 @@ from etr_megatron.config import Config, dump_yaml, to_dict
 from etr_megatron.errors import UserError
 from etr_megatron.observe import run_lock
 from etr_megatron.observe.metrics import MetricsLog
-from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
+from etr_megatron.observe.rollouts import remove_rollouts_after, save_rollouts
 from etr_megatron.platform.files import disk_errors, entries, path_errors, write_atomically
 from etr_megatron.types import Group
 
@@ -57,7 +57,7 @@ class RunDirectory:
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
         with directory.locked():
             directory.prepare(config)
-            directory.cut_back(step=25)                  # on resume
+            directory.truncate_after(step=25)  # on resume
             directory.continue_with(config, step=25)
 
     config.yaml       the resolved configuration of the last start
@@ -224,15 +224,15 @@ class RunDirectory:
             self.evaluations.mkdir(exist_ok=True)
         return save_rollouts(self.evaluations, step, groups)
 
-    def cut_back(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Remove metrics and rollouts of steps after `step`, the checkpoint's (0: a new run).
 
         Raises `UserError` if one of them is not a file or cannot be read.
         """
         with path_errors():
-            self.metrics.cut_back(step)
+            self.metrics.truncate_after(step)
             for folder in (self.rollouts, self.evaluations, self.recorded):
-                cut_back_rollouts(folder, step)
+                remove_rollouts_after(folder, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
         """Replace status.json: the state, the last finished step of `steps`, and the reason for "failed" and "requeue"."""

@@ -16,7 +16,7 @@ from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.observe.run_directory import RunDirectory
 from etr_megatron.platform.files import path_errors
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,4 +40,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(code_of_printing(main))
+    sys.exit(run_cli(main))

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from etr_megatron.planner.hardware import Hardware
-from etr_megatron.planner.parameters import RankParameters, counted_holdings, counted_weights
+from etr_megatron.planner.parameters import RankParameters, counted_shards, counted_weights
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, TrainingLayout, Weight
@@ -65,9 +65,9 @@ def adapters_by_rank(arch: Architecture, layout: TrainingLayout, low_rank: LowRa
     at_once: list[dict[tuple[int | None, str], int]] = [{} for _ in found]
     for weight, count in counted_weights(arch):
         adapters = low_rank.adapters_of(weight)
-        for holding, number in counted_holdings(weight, count, layout, arch) if adapters else ():
-            one = _times(number, _one(weight, holding.shard, adapters))
-            for rank in holding.ranks:
+        for placed, number in counted_shards(weight, count, layout, arch) if adapters else ():
+            one = _times(number, _one(weight, placed.shard, adapters))
+            for rank in placed.ranks:
                 found[rank] = _together(found[rank], one)
                 matrix = (weight.layer, weight.stored)  # the same for all experts of a layer
                 at_once[rank][matrix] = at_once[rank].get(matrix, 0) + one.base

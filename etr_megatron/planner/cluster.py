@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from etr_megatron.weights import ServerLayout, TrainingLayout
 
 
-MOST_GPUS = 2**16
+MAX_GPUS = 2**16
 """Maximum number of GPUs: every rank is planned, so more would take minutes and much memory for no benefit."""
 
 
@@ -75,7 +75,7 @@ def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
     """Messages for invalid numbers of GPUs."""
     counts = {"--gpus": gpus, "--gpus-per-node": gpus_per_node}
     found = [f"{option} {count}: must be at least 1" for option, count in counts.items() if count < 1]
-    return found + ([f"--gpus {gpus}: must be at most {MOST_GPUS}"] if gpus > MOST_GPUS else [])
+    return found + ([f"--gpus {gpus}: must be at most {MAX_GPUS}"] if gpus > MAX_GPUS else [])
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:

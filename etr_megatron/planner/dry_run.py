@@ -24,22 +24,22 @@ from etr_megatron.planner.hardware import GPUS
 from etr_megatron.planner.plan import Plan, check_options, make_plan
 from etr_megatron.planner.report import misfit, render
 from etr_megatron.platform.files import refuse_all
-from etr_megatron.status import code_of_printing
+from etr_megatron.status import run_cli
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
-_MOST_GPUS = 1024
+_MAX_GPUS = 1024
 
 
 def dry_run(argv: Sequence[str]) -> int:
-    """Run `check_and_print`; returns the exit code, which is 0 except as described in `code_of_printing`."""
+    """Run `check_and_print`; returns the exit code, which is 0 except as described in `run_cli`."""
 
     def main() -> int:
         check_and_print(argv)
         return 0
 
-    return code_of_printing(main)
+    return run_cli(main)
 
 
 def check_and_print(argv: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
     if low_rank := LowRank.of(config.lora):
         low_rank.refuse_missing_targets(arch)
     reason = ""
-    for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
+    for gpus in (2**power for power in range(_MAX_GPUS.bit_length())):
         try:
             plan = make_plan(config, gpus, **options)
         except UserError as error:
@@ -99,7 +99,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
             return plan
         reason = misfit(plan)
     raise UserError(
-        f"the config fits on no power of 2 up to {_MOST_GPUS} GPUs; give a number with --gpus; on {_MOST_GPUS}: {reason}"
+        f"the config fits on no power of 2 up to {_MAX_GPUS} GPUs; give a number with --gpus; on {_MAX_GPUS}: {reason}"
     )
 
 
@@ -131,8 +131,8 @@ def check_problems(config: Config) -> str:
         "is not here: its rows were not checked": [source for source in rest if source.is_file],
         "was not fetched: its rows were not checked": [source for source in rest if not source.is_file],
     }
-    told = [f"{source.location} {what}" for what, which in found.items() for source in which]
-    return "\n".join(told) or "the problems are generated"
+    lines = [f"{source.location} {what}" for what, which in found.items() for source in which]
+    return "\n".join(lines) or "the problems are generated"
 
 
 def distinct_ranks(plan: Plan) -> list[int]:

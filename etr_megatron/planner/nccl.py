@@ -31,14 +31,14 @@ def nccl_bytes(rank: int, layout: TrainingLayout, *, cp: int, cp_comm: str, expe
     if sync is not None:
         groups.append(layout.world)
 
-    def beside(size: int, stride: int) -> int:
+    def peers_on_node(size: int, stride: int) -> int:
         """Others on the node of `size` ranks that lie `stride` apart."""
         return min(size, max(1, node // stride)) - 1
 
-    peers = beside(layout.ep, layout.expert_tp) if experts else 0
-    around = beside(cp, layout.tp)
-    peers += (around if cp_comm == "a2a" else min(2, around)) + min(2, beside(layout.pp, layout.stage_ranks))
-    others = (beside(layout.tp, 1) + 1) * (beside(layout.pp, layout.stage_ranks) + 1) - 1
+    peers = peers_on_node(layout.ep, layout.expert_tp) if experts else 0
+    around = peers_on_node(cp, layout.tp)
+    peers += (around if cp_comm == "a2a" else min(2, around)) + min(2, peers_on_node(layout.pp, layout.stage_ranks))
+    others = (peers_on_node(layout.tp, 1) + 1) * (peers_on_node(layout.pp, layout.stage_ranks) + 1) - 1
     if sync == "disk":  # every rank gathers the weights that it writes
         peers += others
     elif sync in ("broadcast", "tensor") and rank < node:  # rank 0 gathers all

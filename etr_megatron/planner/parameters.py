@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, ServerLayout, TrainingLayout, Weight
-    from etr_megatron.weights.layout import Holding
+    from etr_megatron.weights.layout import PlacedShard
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,16 @@ def counted_weights(arch: Architecture) -> tuple[tuple[Weight, int], ...]:
     return tuple((one, 1 if one.expert is None else experts) for one in weights_of(arch, first_expert=True))
 
 
-def counted_holdings(
+def counted_shards(
     weight: Weight, count: int, layout: TrainingLayout | ServerLayout, arch: Architecture
-) -> Iterator[tuple[Holding, int]]:
-    """The holdings of a weight from `counted_weights`, which represents `count` weights, each with the number of holdings that
-    it represents: the experts of an expert-parallel rank. Raises ValueError if the layout does not fit the architecture."""
+) -> Iterator[tuple[PlacedShard, int]]:
+    """The placed shards of a weight from `counted_weights`, which represents `count` weights, each with the number of shards
+    that it represents: the experts of an expert-parallel rank. Raises ValueError if the layout does not fit the
+    architecture."""
     each = 1 if weight.expert is None else max(1, count // layout.ep)
     for first in range(0, count, each):
         one = weight if weight.expert is None else replace(weight, expert=first)
-        yield from ((holding, each) for holding in layout.holdings(one, arch))
+        yield from ((placed, each) for placed in layout.placed_shards(one, arch))
 
 
 @lru_cache(maxsize=8)  # advice plans many configs of the same layout
@@ -63,9 +64,9 @@ def parameters_by_rank(
     for weight, count in counted_weights(arch):
         kind = dense if weight.expert is None else expert
         is_quantised = weight.fp8 and weight.layer not in unquantised
-        for holding, number in counted_holdings(weight, count, layout, arch):
-            elements = number * prod(holding.shard.shape)
-            for rank in holding.ranks:
+        for placed, number in counted_shards(weight, count, layout, arch):
+            elements = number * prod(placed.shard.shape)
+            for rank in placed.ranks:
                 kind[rank] += elements
                 matrices[rank] += elements if is_quantised else 0
     return tuple(RankParameters(*counts) for counts in zip(dense, expert, matrices, strict=True))

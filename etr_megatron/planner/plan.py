@@ -20,7 +20,7 @@ from etr_megatron.planner.parameters import total_parameters
 from etr_megatron.planner.recompute import uncounted
 from etr_megatron.planner.speed import StepTime, step_time
 from etr_megatron.planner.workload import Workload, workload_of
-from etr_megatron.served import check_served
+from etr_megatron.sglang_support import check_sglang_support
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -146,13 +146,13 @@ def make_plan(
     try:
         config = resolve(config, cluster.ranks, cuda=True)
     except InvalidConfigError as error:
-        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.origin_of_ranks})") from None
+        raise error.with_head(f"invalid configuration on {cluster.ranks} ranks ({cluster.origin_of_ranks})") from None
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
     work = workload_of(config, cluster, prompt, response)
     try:
         if config.rollout.backend == "sglang":
-            check_served(config.model.path, arch, config.sglang)
+            check_sglang_support(config.model.path, arch, config.sglang)
         server = server_memory(arch, config, cluster, gpu_memory)
         low_rank = LowRank.of(config.lora)
         adapters = adapters_by_rank(arch, training_layout(config, cluster.ranks), low_rank)

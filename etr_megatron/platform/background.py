@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def beside(work: Callable[[threading.Event], None], name: str) -> Iterator[None]:
+def background_thread(work: Callable[[threading.Event], None], name: str) -> Iterator[None]:
     """Run `work` in a thread named `name` while the block runs.
 
     `work` gets an event that is set when the block ends; the thread is then joined.

@@ -31,7 +31,7 @@ _NOT_WRITABLE = (
 )
 
 _OF_PATHS = (*_NOT_WRITABLE, errno.ELOOP)
-_LONGEST_NAME = 200
+_MAX_NAME_CHARS = 200
 _OTHER_FILES = 1024
 """Reserve for a rank's other open files: sockets of ranks and of the store, checkpoints, logs."""
 
@@ -66,7 +66,7 @@ def path_errors() -> Iterator[None]:
         if error.filename is None or error.errno not in _OF_PATHS:
             raise
         name = os.fsdecode(error.filename)
-        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+        name = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}..."
         raise UserError(f"{name}: {os.strerror(error.errno)}") from error
 
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 
 class StopAskedError(RuntimeError):
-    """A rank was asked to stop (see `StopRequest`). Raised on every rank, at the same meeting."""
+    """A rank was asked to stop (see `StopRequest`). Raised on every rank, at the same barrier."""
 
 
-class Phases:
-    """A gloo control group on which ranks meet, independent of the policy's backend.
+class PhaseBarriers:
+    """Barriers on a gloo control group, independent of the policy's backend.
 
-    phases = Phases(timeout_s=1800, must_stop=request)
-    phases.meet("rollout of step 12")
+    phases = PhaseBarriers(timeout_s=1800, must_stop=request)
+    phases.barrier("rollout of step 12")
 
     must_stop: whether this rank was asked to stop.
     """
@@ -32,25 +32,25 @@ class Phases:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The group, for other collectives between two meetings."""
+        """The group, for other collectives between two barriers."""
         return self._group
 
-    def highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The highest `number` of any rank. A collective."""
         found = torch.tensor(number)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
         return int(found)
 
-    def stop_asking(self) -> None:
-        """Stop raising StopAskedError. Call it when every rank knows that the run stops, and ranks meet only to save."""
+    def ignore_stop_requests(self) -> None:
+        """Stop raising StopAskedError. Call it when every rank knows that the run stops, and only saves."""
         self._stopping = True
 
-    def meet(self, phase: str, within_s: float | None = None) -> None:
+    def barrier(self, phase: str, within_s: float | None = None) -> None:
         """Wait for every rank to arrive, for at most `within_s` seconds (default: `timeout_s`).
 
         Raises, with the phase, the ranks and the seconds waited, TimeoutError if some ranks did not arrive in time, and
-        ConnectionError if they are gone. Raises StopAskedError if a rank must stop, but only once, so that ranks can still meet
-        to save.
+        ConnectionError if they are gone. Raises StopAskedError if a rank must stop, but only once, so that ranks can still save
+        together.
         """
         start = time.monotonic()
         timeout = self._timeout if within_s is None else datetime.timedelta(seconds=within_s)
@@ -58,7 +58,7 @@ class Phases:
             dist.monitored_barrier(self._group, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise self._failure(phase, time.monotonic() - start, timeout, str(error)) from error
-        if self.highest(int(self._must_stop() and not self._stopping)):
+        if self.all_reduce_max(int(self._must_stop() and not self._stopping)):
             self._stopping = True
             raise StopAskedError(f"told to stop (SIGTERM) before the {phase}")
 

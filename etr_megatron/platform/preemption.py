@@ -21,47 +21,48 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.2
 """Seconds between checks, on a rank that was asked to stop, whether another rank has given up the run."""
 
-_REPORT_S = 10.0
-"""Most seconds that `wait_until_reported` waits."""
+_CALLBACK_S = 10.0
+"""Maximum wait of `wait_for_callback`."""
 
 
 class StopRequest:
     """A callable: `request()` returns whether this rank was asked to stop."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._others: list[Callable[[], bool]] = []
-        self._told: Callable[[], None] | None = None
-        self._late: Callable[[], int | None] = lambda: None
-        self._reported = threading.Event()
+        self._received = threading.Event()
+        self._sources: list[Callable[[], bool]] = []
+        self._on_stop: Callable[[], None] | None = None
+        self._on_timeout: Callable[[], int | None] = lambda: None
+        self._stop_handled = threading.Event()
 
     def __call__(self) -> bool:
-        """True once a SIGTERM has arrived inside `on_sigterm`, or a callable passed to `heed` returns True."""
-        return self._asked.is_set() or any(other() for other in self._others)
+        """True once a SIGTERM has arrived inside `on_sigterm`, or a callable passed to `add_source` returns True."""
+        return self._received.is_set() or any(source() for source in self._sources)
 
-    def heed(self, other: Callable[[], bool]) -> None:
-        """Also call `other`, which returns whether a process without a rank (a server node) received SIGTERM."""
-        self._others.append(other)
+    def add_source(self, source: Callable[[], bool]) -> None:
+        """Also ask `source`, which returns whether a process without a rank (a server node) received SIGTERM."""
+        self._sources.append(source)
 
     @property
-    def is_own(self) -> bool:
+    def received_sigterm(self) -> bool:
         """Whether this process itself received SIGTERM."""
-        return self._asked.is_set()
+        return self._received.is_set()
 
-    def report_to(self, told: Callable[[], None], late: Callable[[], int | None]) -> None:
-        """told: called once after a SIGTERM, even if it has already arrived. late: called when the grace period is over;
-        returns the exit code, None for 128 + SIGTERM. Both run in the watching thread, which cannot end the rank meanwhile."""
-        self._told, self._late = told, late
+    def set_callbacks(self, on_stop: Callable[[], None], on_timeout: Callable[[], int | None]) -> None:
+        """on_stop: called once after a SIGTERM, even if it has already arrived. on_timeout: called when the grace period is
+        over; returns the exit code, None for 128 + SIGTERM. Both run in the watching thread, which cannot end the rank
+        meanwhile."""
+        self._on_stop, self._on_timeout = on_stop, on_timeout
 
-    def wait_until_reported(self) -> None:
-        """After a SIGTERM, wait until `told` has returned."""
-        if self._asked.is_set() and self._told is not None:
-            self._reported.wait(_REPORT_S)
+    def wait_for_callback(self) -> None:
+        """After a SIGTERM, wait until `on_stop` has returned."""
+        if self._received.is_set() and self._on_stop is not None:
+            self._stop_handled.wait(_CALLBACK_S)
 
     @contextmanager
     def on_sigterm(self, grace_s: float, given_up: Callable[[], int | None] = lambda: None) -> Iterator[StopRequest]:
-        """Inside the block, SIGTERM sets the request. `grace_s` seconds later the process exits, with the code that `late` of
-        `report_to` returns, or with 128 + SIGTERM. Must be entered in the main thread.
+        """Inside the block, SIGTERM sets the request. `grace_s` seconds later the process exits, with the code that
+        `on_timeout` returns, or with 128 + SIGTERM. Must be entered in the main thread.
 
         grace_s: 0 leaves SIGTERM handling unchanged. given_up: called in a separate thread; returns an exit code if another
         rank has given up the run, after which torchrun sends SIGTERM too. The process then exits with this code without
@@ -97,28 +98,28 @@ class StopRequest:
                 break
         else:
             return
-        self._asked.set()
+        self._received.set()
         end = time.monotonic() + grace_s
-        self._report()
+        self._handle_stop()
         while not finished.wait(LOOK_S):
-            self._report()
+            self._handle_stop()
             code = given_up()
             if code is None and time.monotonic() >= end:
-                code = self._code_when_late()
+                code = self._timeout_exit_code()
             if code is not None:
                 os._exit(code)
 
-    def _report(self) -> None:
-        if self._told is not None and not self._reported.is_set():
+    def _handle_stop(self) -> None:
+        if self._on_stop is not None and not self._stop_handled.is_set():
             try:
-                self._told()
+                self._on_stop()
             except Exception as error:  # this thread must go on to end the rank
                 logger.warning("SIGTERM was not reported", exc_info=error)
-            self._reported.set()
+            self._stop_handled.set()
 
-    def _code_when_late(self) -> int:
+    def _timeout_exit_code(self) -> int:
         try:
-            return self._late() or 128 + signal.SIGTERM
+            return self._on_timeout() or 128 + signal.SIGTERM
         except Exception as error:
             logger.warning("the end of the grace was not reported", exc_info=error)
             return 128 + signal.SIGTERM

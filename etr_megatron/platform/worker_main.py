@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from etr_megatron.imports import ImportPathError
 from etr_megatron.platform.lifetime import die_with_parent, kill_descendants
 
-_LONGEST_LINE = 1 << 40
+_MAX_LINE_BYTES = 1 << 40
 
 
 def serve(load: Callable[[dict[str, Any]], Callable[[Any], Any]], request_type: Callable[..., Any]) -> int:
@@ -62,7 +62,7 @@ def serve(load: Callable[[dict[str, Any]], Callable[[Any], Any]], request_type: 
 async def _serve_at_once(
     called: Callable[[dict[str, Any]], Awaitable[Any]], requests: BinaryIO, replies: BinaryIO, timeout_s: float
 ) -> None:
-    reader = asyncio.StreamReader(limit=_LONGEST_LINE)
+    reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
     calls: set[asyncio.Task[None]] = set()  # the loop itself keeps no reference to a task

@@ -34,7 +34,7 @@ _PIPES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class FailedRequest:
     """A request without a reply. how: for "timeout", what was done about it; for "crash" (of `MAX_CRASHES` workers), how the
     last worker ended."""
 
@@ -66,7 +66,7 @@ class WorkerPool:
         self.workers: list[WorkerProcess] = []
         self._pending: deque[Job] = deque()
         self._suspects: deque[Job] = deque()  # may have crashed a worker; each goes to an idle worker, alone
-        self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
+        self._outcomes: list[tuple[int, dict[str, Any] | FailedRequest]] = []
         self.under_way = 0
         allow_open_files(_PIPES * config.workers)
         try:
@@ -85,7 +85,7 @@ class WorkerPool:
         self._fill()
         self._feed()
 
-    def poll(self, timeout_s: float) -> list[tuple[int, dict[str, Any] | Lost]]:
+    def poll(self, timeout_s: float) -> list[tuple[int, dict[str, Any] | FailedRequest]]:
         """The outcomes since the last call, in the order of their arrival: (key, reply or why there is none).
 
         Waits up to `timeout_s` for the first outcome, unless no request is pending.
@@ -188,7 +188,7 @@ class WorkerPool:
         for message in messages:
             if worker.ready:
                 worker.finish(message["key"])
-                outcome = Lost("timeout", "the call was cancelled") if "late" in message else message["reply"]
+                outcome = FailedRequest("timeout", "the call was cancelled") if "late" in message else message["reply"]
                 self._outcomes.append((message["key"], outcome))
             elif "ready" in message:
                 worker.ready, worker.concurrent = True, message["concurrent"]
@@ -201,23 +201,23 @@ class WorkerPool:
         jobs, (how,) = list(worker.inflight.values()), self._drop([worker])
         if not worker.ready:
             raise self._load_error(f"{self._worker} ended while starting ({how}); see its own output")
-        lost = Lost("crash", how)
+        failure = FailedRequest("crash", how)
         if worker.concurrent:
-            self._suspect(jobs, lost, f"ended ({how})")
+            self._retry_alone(jobs, failure, f"ended ({how})")
             return
-        self._requeue([*self._blamed(jobs[:1], lost), *jobs[1:]])
+        self._requeue([*self._count_crash(jobs[:1], failure), *jobs[1:]])
 
-    def _blamed(self, jobs: list[Job], lost: Lost) -> list[Job]:
-        """Add a crash to each of these requests. Those with `MAX_CRASHES` are lost; returns the others."""
+    def _count_crash(self, jobs: list[Job], failure: FailedRequest) -> list[Job]:
+        """Add a crash to each of these requests. Those with `MAX_CRASHES` fail; returns the others."""
         for job in jobs:
             job.crashes += 1
-        self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
+        self._outcomes += [(job.key, failure) for job in jobs if job.crashes >= MAX_CRASHES]
         return [job for job in jobs if job.crashes < MAX_CRASHES]
 
-    def _suspect(self, jobs: list[Job], lost: Lost, what: str) -> None:
+    def _retry_alone(self, jobs: list[Job], failure: FailedRequest, what: str) -> None:
         """Repeat the requests of a lost concurrent worker, each alone at a worker, as it is not known which one is to blame.
-        Requests with `MAX_CRASHES` are lost instead."""
-        self._suspects += self._blamed(jobs, lost)
+        Requests with `MAX_CRASHES` fail instead."""
+        self._suspects += self._count_crash(jobs, failure)
         if len(jobs) > 1:
             logger.warning(
                 "%s.function: %s %s with %d calls, which are made again, one at a time",
@@ -233,10 +233,10 @@ class WorkerPool:
         for worker in late:
             jobs = list(worker.inflight.values())
             if worker.concurrent:
-                lost = Lost("timeout", "the call blocked its event loop, so the process was killed")
-                self._suspect(jobs, lost, "was killed, as its event loop was blocked,")
+                failure = FailedRequest("timeout", "the call blocked its event loop, so the process was killed")
+                self._retry_alone(jobs, failure, "was killed, as its event loop was blocked,")
             else:
-                self._outcomes.append((jobs[0].key, Lost("timeout", "the process was killed")))
+                self._outcomes.append((jobs[0].key, FailedRequest("timeout", "the process was killed")))
                 self._requeue(jobs[1:])
 
     def _requeue(self, jobs: list[Job]) -> None:

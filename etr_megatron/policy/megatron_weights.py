@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron import platform
 from etr_megatron.errors import UserError
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.policy.model import (
     PolicyModel,
     build_chunks,
@@ -46,7 +46,7 @@ def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | 
         load_megatron_weights(models, checkpoint_dir)
     else:
         load_hf_weights(models, open_checkpoint(checkpoint_dir))
-    together(lambda: _refuse_not_finite(models[0], checkpoint_dir))
+    on_all_ranks(lambda: _check_finite(models[0], checkpoint_dir))
     for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
         # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them. With
         # these attributes deleted it starts from the loaded weight; TE's `clear_high_precision_init_val` leaves a None.
@@ -56,7 +56,7 @@ def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | 
 
 
 @torch.no_grad()
-def _refuse_not_finite(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
+def _check_finite(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
     own = own_parameters(chunks).values()
     broken = [weight.hf[0] for weight, values in own if not plain_values(values).isfinite().all()]
     if broken:

@@ -29,7 +29,7 @@ def wrap_chunks(
         use_distributed_optimizer=train.distributed_optimizer,
         overlap_grad_reduce=train.overlap_grad_reduce,
         overlap_param_gather=train.overlap_param_gather,
-        check_for_nan_in_grad=False,  # `refuse_gradients_not_finite` looks, after the loss has been looked at on every rank
+        check_for_nan_in_grad=False,  # `check_gradients_finite` looks, after the loss has been looked at on every rank
         fp8_param_gather=config.fp8.param,
     )
     # Reductions of later chunks overlap with other chunks' compute anyway; one bucket means fewer of them.

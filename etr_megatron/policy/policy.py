@@ -27,7 +27,7 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.config import LOSSES, Config, resolved
 from etr_megatron.flops import sequence_flops
-from etr_megatron.objective import LossInputs, refuse_if_rows_interact, resolve_loss
+from etr_megatron.objective import LossInputs, check_row_independence, resolve_loss
 from etr_megatron.policy.adapters import PolicyAdapters
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
@@ -36,13 +36,13 @@ from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import drop_weight_copies, require_fp8, token_multiple
 from etr_megatron.policy.megatron_fields import complaints_about
 from etr_megatron.policy.megatron_weights import load_weights
+from etr_megatron.policy.microbatch_plan import plan_microbatches
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import configured_transformer
-from etr_megatron.policy.not_finite import refuse_gradients_not_finite
+from etr_megatron.policy.non_finite import check_gradients_finite
 from etr_megatron.policy.optimizer import build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
-from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.routing import RoutingReplay, StepRouting, routers
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.policy.step_loss import StepLoss
@@ -53,7 +53,7 @@ from etr_megatron.weights import Architecture
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Per sample, fp32 CPU [response tokens that the model drew]: log-prob of each and entropy of its distribution."""
+    """Per sample, fp32 CPU [response tokens that the model generated]: log-prob of each and entropy of its distribution."""
 
     logp: tuple[Tensor, ...]
     entropy: tuple[Tensor, ...]
@@ -125,8 +125,8 @@ class Policy:
         reference: bool = False,
         routing: StepRouting | None = None,
     ) -> TokenLogprobs:
-        """Tempered log-probs and entropies of the response tokens that the model drew, under the current (or the reference)
-        weights, on every rank.
+        """Tempered log-probs and entropies of the generated response tokens, under the current (or the reference) weights, on
+        every rank.
 
         sequences: one per sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
@@ -159,7 +159,7 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """Run one optimizer step on the whole batch. Needs `old_logp`, and `ref_logp` if there is a KL term.
 
-        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `not_finite`), RuntimeError for
+        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `non_finite`), RuntimeError for
         non-finite parameter gradients, UserError for a custom loss that fails or returns something invalid, and for a token
         outside the vocabulary.
         """
@@ -246,10 +246,10 @@ class Policy:
     def _finalize_gradients(self, loss: StepLoss, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Megatron's gradient reductions without the division by the token count: the loss already has our denominator. Called
         on every rank after its last pass."""
-        loss.refuse_not_finite()
+        loss.check_finite()
         self.adapters.sum_gradients(model)
         finalize_model_grads(model, None, **options)
-        refuse_gradients_not_finite(self._ddp)
+        check_gradients_finite(self._ddp)
 
     def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
@@ -307,7 +307,7 @@ class Policy:
     def _check_additivity(self, inputs: LossInputs) -> None:
         """Check once that a custom loss is additive over rows, as chunking in the head requires; needs at least two rows."""
         if self._unchecked and len(inputs.logp) > 1:
-            self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
+            self._unchecked = not check_row_independence(self._policy_loss, inputs)
 
 
 def _totals(shares: Sequence[dict[str, float]]) -> dict[str, float]:

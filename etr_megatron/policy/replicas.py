@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import Tensor
 
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.weights import Weight
 
 
@@ -42,7 +42,7 @@ def read_once(own: Mapping[str, tuple[Weight, Tensor]], read: Callable[[str], Te
 
     own: weight and this rank's parameter by name; replicas have the same. read: values of a name, on any device.
     A rank keeps its share in memory until all ranks have read theirs. An exception in `read` is raised on all ranks, see
-    `together`.
+    `on_all_ranks`.
     """
     groups = {experts: replicas_of(experts=experts) for experts in (False, True)}
     if all(group.size() == 1 for group in groups.values()):
@@ -53,7 +53,7 @@ def read_once(own: Mapping[str, tuple[Weight, Tensor]], read: Callable[[str], Te
         names = [name for name, (weight, _) in own.items() if (weight.expert is not None) is experts]
         reader |= zip(names, readers([own[name][1].numel() for name in names], group.size()), strict=True)
     group_of = {name: groups[weight.expert is not None] for name, (weight, _) in own.items()}
-    mine = together(lambda: {name: read(name) for name in own if reader[name] == group_of[name].rank()})
+    mine = on_all_ranks(lambda: {name: read(name) for name in own if reader[name] == group_of[name].rank()})
     for name, (_, parameter) in own.items():
         group = group_of[name]
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)

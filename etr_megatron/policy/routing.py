@@ -56,7 +56,7 @@ class StepRouting:
         chosen = None if self.chosen is None else tuple(self.chosen[i] for i in numbers)
         return StepRouting(tuple(self.lengths[i] for i in numbers), chosen)
 
-    def hand_out(self, samples: Collection[int], layers: Sequence[int], shape: tuple[int, int]) -> dict[int, Tensor]:
+    def distribute(self, samples: Collection[int], layers: Sequence[int], shape: tuple[int, int]) -> dict[int, Tensor]:
         """The routing that this rank needs: for each of `samples` uint8 [length, len(layers), experts per token], on the CPU.
 
         shape: (MoE layers of the model, experts per token). A collective: rank 0 broadcasts everything, and each rank keeps
@@ -101,7 +101,7 @@ def _layer_of(router: TopKRouter) -> int:
     return int(number) - 1
 
 
-class Told(NamedTuple):
+class ReplayTargets(NamedTuple):
     """The given experts of a microbatch's tokens, for one rank.
 
     experts: uint8 [tokens that this rank routes, its MoE layers, experts per token]. known: bool [tokens]; for the others,
@@ -115,8 +115,8 @@ class Told(NamedTuple):
 class RoutingReplay:
     """Makes the routers of a stage's chunks use given experts, pass by pass.
 
-    Replaces Megatron's `RouterReplay`, which must be told before every pass whether it is forward or backward. Here each router
-    counts passes: microbatches reach a layer in a fixed order, and recomputation repeats that order.
+    Replaces Megatron's `RouterReplay`, which must be set to forward or backward before every pass. Here each router counts
+    passes: microbatches reach a layer in a fixed order, and recomputation repeats that order.
     """
 
     def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
@@ -125,8 +125,8 @@ class RoutingReplay:
         mixtures = arch.expert_layers
         self._shape = len(mixtures), arch.experts.per_token
         self._layout, self._tp_shares = layout, tp_shares
-        self._told: list[Told] | None = None
-        self._latest: tuple[int, Told] | None = None
+        self._targets: list[ReplayTargets] | None = None
+        self._latest: tuple[int, ReplayTargets] | None = None
         self._own = [mixtures.index(_layer_of(router)) for router in routers(chunks)]
         self._layers = [_Layer(self, place) for place in range(len(self._own))]
         for router, layer in zip(routers(chunks), self._layers, strict=True):
@@ -138,30 +138,30 @@ class RoutingReplay:
         lets the routers choose. A collective if routing is given."""
         if routing is not None:
             samples = {sample for batch in micro for sample in batch.samples}
-            handed = routing.hand_out(samples, self._own, self._shape)
+            received = routing.distribute(samples, self._own, self._shape)
             # Before the passes: reading the offsets waits for the device, which would later wait for the copies on the host.
-            self._told = [self._told_of(batch, handed) for batch in micro]
+            self._targets = [self._targets_of(batch, received) for batch in micro]
         for layer in self._layers:
             layer.begin()
         try:
             yield
         finally:  # free gigabytes: the next step's routing arrives before its passes
-            self._told, self._latest = None, None
+            self._targets, self._latest = None, None
 
     @property
-    def is_told(self) -> bool:
+    def is_replaying(self) -> bool:
         """Whether routers must use given experts now."""
-        return self._told is not None
+        return self._targets is not None
 
-    def told(self, number: int) -> Told:
+    def targets(self, number: int) -> ReplayTargets:
         """The experts of microbatch `number`, on the device."""
-        assert self._told is not None
+        assert self._targets is not None
         if self._latest is None or self._latest[0] != number:  # a pass asks once per layer
-            self._latest = number, Told(*map(platform.to_device, self._told[number]))
+            self._latest = number, ReplayTargets(*map(platform.to_device, self._targets[number]))
         return self._latest[1]
 
-    def _told_of(self, batch: Microbatch, handed: dict[int, Tensor]) -> Told:
-        """The experts of a microbatch, from those of its samples, which are taken out of `handed`."""
+    def _targets_of(self, batch: Microbatch, received: dict[int, Tensor]) -> ReplayTargets:
+        """The experts of a microbatch, from those of its samples, which are taken out of `received`."""
         layout = self._layout
         share = batch.tokens.shape[1] // (layout.tp if self._tp_shares else 1)
         first = share * layout.tp_rank if self._tp_shares else 0
@@ -171,14 +171,14 @@ class RoutingReplay:
         at = -first  # where the next part begins, counted from this rank's first token
         lengths = batch.cu_seqlens.diff().tolist()
         for sample, length in zip(batch.samples, lengths, strict=False):  # a dummy sequence may follow
-            routing = handed.pop(sample)
+            routing = received.pop(sample)
             for part in own_ranges(length, layout.cp, layout.cp_rank):
                 begin, end = max(at, 0), min(at + min(part.stop, len(routing)) - part.start, share)
                 if begin < end:
                     experts[begin:end] = routing[part.start + begin - at : part.start + end - at]
                     known[begin:end] = True
                 at += len(part)
-        return Told(experts, known)
+        return ReplayTargets(experts, known)
 
 
 class _Layer:
@@ -197,11 +197,11 @@ class _Layer:
     ) -> tuple[Tensor, Tensor]:
         """From scores [T, experts]: (scores of the chosen experts [T, topk], their indices, int64 [T, topk])."""
         own, chosen = choose(scores, topk, num_groups, group_topk)
-        if not self._owner.is_told:
+        if not self._owner.is_replaying:
             return own, chosen
         # Count passes with and without gradients separately: recomputation runs one of each per microbatch.
         with_gradient = torch.is_grad_enabled()
-        experts, known = self._owner.told(self._passes[with_gradient])
+        experts, known = self._owner.targets(self._passes[with_gradient])
         self._passes[with_gradient] += 1
         chosen = torch.where(known[:, None], experts[:, self._index].long(), chosen)
         return scores.gather(1, chosen), chosen

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from etr_megatron.config import ObjectiveConfig
 from etr_megatron.objective import DiagnosticSums, LossInputs, LossOutputs, PolicyLoss, diagnostic_sums, read_sums
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import summed
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_samples
-from etr_megatron.policy.not_finite import RowWatch, any_not_finite, refuse_not_finite
+from etr_megatron.policy.non_finite import NonFiniteDetector, any_non_finite, check_finite
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
@@ -55,7 +55,7 @@ class StepLoss:
         settings = loss_settings(objective)
         self._known = [loss_inputs(batch, one, settings, reduce) for one in mine]
         self._bins = [pass_rate_bins_of_samples(batch, one) for one in mine]
-        self._watches = [RowWatch(batch, one, loss=loss.name, rank=layout.rank) for one in mine]
+        self._detectors = [NonFiniteDetector(batch, one, loss=loss.name, rank=layout.rank) for one in mine]
 
     def __call__(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, DiagnosticSums]]:
         """(loss of microbatch `number`, its tokens, what `read` takes). The loss is already divided by the batch's denominator;
@@ -63,12 +63,12 @@ class StepLoss:
 
         A token-local loss is evaluated chunk by chunk inside the head; a sequence-level loss needs all rows first.
         """
-        known, watch = self._known[number], self._watches[number]
+        known, detector = self._known[number], self._detectors[number]
         tensors, options = self._head_inputs(hidden, self._micro[number])
         parts: list[LossOutputs] = []
 
         def rows_loss(rows: slice, logp: Tensor, entropy: Tensor) -> Tensor:
-            watch.watch(rows, logp, entropy)
+            detector.watch(rows, logp, entropy)
             parts.append(self._loss(known.at(rows, logp, entropy)))
             return parts[-1].loss
 
@@ -78,7 +78,7 @@ class StepLoss:
             logp, entropy = vocab_parallel_logprob(*tensors, **options)
             loss = rows_loss(slice(None), logp, entropy)
         inputs = known.at(slice(None), logp.detach(), entropy.detach())
-        watch.see(inputs, loss)
+        detector.record(inputs, loss)
         self._try_rows(inputs)
         own = {name: torch.cat([part.rows[name] for part in parts]) for name in (parts[0].rows if parts else ())}
         bins = self._bins[number][known.sequences.index]
@@ -86,16 +86,16 @@ class StepLoss:
         tokens = torch.full((), len(known.old_logp), dtype=torch.int, device=loss.device)
         return loss, tokens, (loss.detach(), sums)
 
-    def refuse_not_finite(self) -> None:
-        """Raise the errors of `not_finite.refuse_not_finite` on every rank if there is one on any. A collective.
+    def check_finite(self) -> None:
+        """Raise the errors of `non_finite.check_finite` on every rank if there is one on any. A collective.
 
         NaN travels from the rank of a bad token to others, backwards through the pipeline and between context-parallel ranks.
         There it would be found in gradients only, without a token.
         """
-        is_broken = any_not_finite(self._watches)
+        is_broken = any_non_finite(self._detectors)
         dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
         if is_broken.item():
-            together(lambda: refuse_not_finite(self._watches))
+            on_all_ranks(lambda: check_finite(self._detectors))
 
     @staticmethod
     def read(outputs: Sequence[tuple[Tensor, DiagnosticSums]]) -> dict[str, float]:

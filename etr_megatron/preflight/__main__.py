@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron import platform
-from etr_megatron.checks import nodes_apart, nodes_grouped
+from etr_megatron.checks import dedicated_nodes, nodes_per_server
 from etr_megatron.cli import asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
-from etr_megatron.platform.world import place_of
-from etr_megatron.status import exit_code_of, run_and_leave
+from etr_megatron.platform.world import node_role
+from etr_megatron.status import exit_code_of, run_and_exit
 
 TIMEOUT_S = 120.0
 """Deadline of the rendezvous and of every collective."""
@@ -39,7 +39,7 @@ def _run(argv: list[str]) -> None:
     config = load_config(path, overrides)
     require_torchrun("etr_megatron.preflight")
     os.environ["ETR_PLATFORM"] = config.run.platform
-    ranks = place_of(nodes_apart(config), nodes_grouped(config)).ranks
+    ranks = node_role(dedicated_nodes(config), nodes_per_server(config)).training_ranks
     config = resolve(config, ranks, cuda=platform.uses_cuda())
 
     import torch.distributed as dist
@@ -131,4 +131,4 @@ def _checkpoint_bytes(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

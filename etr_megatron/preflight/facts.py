@@ -16,7 +16,7 @@ from pathlib import Path
 from etr_megatron.config import Config, sources_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import path_errors, problems_of
-from etr_megatron.platform.world import number_apart
+from etr_megatron.platform.world import server_node_index
 
 PACKAGES = (
     "etr-megatron",
@@ -129,11 +129,11 @@ def _memory_free() -> int:
 
 def _memory_needed(config: Config, world_size: int) -> int:
     """See `host_bytes`; 0 on nodes that do not train, and for a model that another check refuses."""
-    from etr_megatron.checks import nodes_apart
+    from etr_megatron.checks import dedicated_nodes
     from etr_megatron.planner.host import host_bytes
     from etr_megatron.weights import read_architecture
 
-    if config.model.path == "tiny" or number_apart(nodes_apart(config)) is not None:
+    if config.model.path == "tiny" or server_node_index(dedicated_nodes(config)) is not None:
         return 0
     first = int(os.environ.get("RANK", "0"))
     try:
@@ -176,9 +176,9 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
     A hub dataset is not fetched here.
     """
     from etr_megatron.check_functions import check_functions
-    from etr_megatron.checks import check_problems, nodes_apart
+    from etr_megatron.checks import check_problems, dedicated_nodes
 
-    if number_apart(nodes_apart(config)) is not None:
+    if server_node_index(dedicated_nodes(config)) is not None:
         return {}, ""
     files = [source for source in sources_of(config.data) if source.is_file]
     if problems := problems_of((lambda: check_problems(files, config), lambda: check_functions(config))):

@@ -30,10 +30,10 @@ def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s:
         speed = None if own is None else _pair((firsts[own[0]], firsts[own[1]]), device, size, timeout_s)
         found: list[tuple[tuple[int, int] | None, float | str | None]] = [(None, None)] * len(nodes)
         dist.all_gather_object(found, (own, speed))
-        for pair, told in found:
+        for pair, result in found:
             # A pair may have failed on only one side.
-            if pair is not None and told is not None and not isinstance(speeds.get(pair), str):
-                speeds[pair] = told
+            if pair is not None and result is not None and not isinstance(speeds.get(pair), str):
+                speeds[pair] = result
     speeds = dict(sorted(speeds.items()))
     whole = _all_reduce(None, device, size) if all(isinstance(speed, float) for speed in speeds.values()) else "not measured"
     return [*_pairs(speeds), _finding("all-reduce of all ranks", whole)]

@@ -9,7 +9,14 @@ from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import ImportPathError, answering, has_parameter, import_function, raised, takes
+from etr_megatron.imports import (
+    ImportPathError,
+    accepts_arguments,
+    error_message,
+    has_parameter,
+    import_function,
+    request_handler,
+)
 from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.types import Message
 
@@ -34,7 +41,7 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
     function = import_function(config.function)
     # `messages` is passed by name: as a fourth positional parameter it would get the columns.
     named = ("messages",) if has_parameter(function, "messages") else ()
-    if not takes(function, 4 if config.columns else 3, named):
+    if not accepts_arguments(function, 4 if config.columns else 3, named):
         wanted = "three arguments, the prompt, the response and the answer (a fourth is given with reward.columns)"
         if config.columns:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
@@ -46,19 +53,19 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
         return function(request.prompt, request.response, request.answer, *extra, **messages)
 
     def refuse(error: BaseException) -> Grade:
-        return Grade(config.range_min, "error", raised(config.function, error))
+        return Grade(config.range_min, "error", error_message(config.function, error))
 
-    return answering(function, ask, lambda value: _grade_of(value, config), refuse)
+    return request_handler(function, ask, lambda value: _grade_of(value, config), refuse)
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
-    from etr_megatron.reward.math_reward import UnusableReferenceError, judge
+    from etr_megatron.reward.math_reward import UnusableReferenceError, verify_answer
 
     try:
-        verdict = judge(request.response, request.answer, config)
+        comparison = verify_answer(request.response, request.answer, config)
     except UnusableReferenceError as error:
         return Grade(config.range_min, "error", str(error))
-    return Grade(config.range_max if verdict.correct else config.range_min, "ok", verdict.detail)
+    return Grade(config.range_max if comparison.correct else config.range_min, "ok", comparison.detail)
 
 
 def _grade_of(value: Any, config: RewardConfig) -> Grade:

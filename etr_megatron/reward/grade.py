@@ -22,7 +22,7 @@ class GradeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The verdict on one response.
+    """The grade of one response.
 
     reward: within `reward.range_min` and `reward.range_max`; the minimum if the status is not "ok".
     status: "ok" (graded, right or wrong), "timeout" (the call was cancelled, or the grader killed, at `reward.timeout_s`),

@@ -14,14 +14,14 @@ class UnusableReferenceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class AnswerComparison:
     """correct: whether the answers are equal. detail: what was compared, for people to read."""
 
     correct: bool
     detail: str
 
 
-def judge(response: str, answer: str, config: RewardConfig) -> Verdict:
+def verify_answer(response: str, answer: str, config: RewardConfig) -> AnswerComparison:
     """Extract the answer and compare it as text, then as rational numbers, and only then symbolically.
 
     answer: the reference, with or without a worked solution before `####` or `\\boxed{}`.
@@ -36,13 +36,13 @@ def judge(response: str, answer: str, config: RewardConfig) -> Verdict:
         )
     candidate = extract_answer(response, config.extract)
     if candidate is None:
-        return Verdict(False, f"no answer found; reference {reference}")
+        return AnswerComparison(False, f"no answer found; reference {reference}")
     if len(candidate) > MAX_ANSWER_CHARS:
-        return Verdict(False, f"answer of {len(candidate)} characters; at most {MAX_ANSWER_CHARS} are compared")
-    return Verdict(equal(reference, candidate), f"answer {candidate}; reference {reference}")
+        return AnswerComparison(False, f"answer of {len(candidate)} characters; at most {MAX_ANSWER_CHARS} are compared")
+    return AnswerComparison(answers_equal(reference, candidate), f"answer {candidate}; reference {reference}")
 
 
-def equal(reference: str, candidate: str) -> bool:
+def answers_equal(reference: str, candidate: str) -> bool:
     """Whether two answers are equal. Two plain numbers are compared exactly, everything else by math-verify."""
     reference, candidate = tidy(reference), tidy(candidate)
     if reference == candidate:

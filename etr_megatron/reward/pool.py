@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool
+from etr_megatron.platform.workers import MAX_CRASHES, FailedRequest, FunctionPool, WorkerPool
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 MAX_INFLIGHT = 32
@@ -104,8 +104,8 @@ class GraderPool(FunctionPool):
         finally:
             self._serving.release()
 
-    def _grade(self, outcome: dict[str, Any] | Lost) -> Grade:
-        if not isinstance(outcome, Lost):
+    def _grade(self, outcome: dict[str, Any] | FailedRequest) -> Grade:
+        if not isinstance(outcome, FailedRequest):
             return Grade(**outcome)
         if outcome.why == "timeout":
             detail = f"no grade within reward.timeout_s = {self._config.timeout_s} s; {outcome.how}"

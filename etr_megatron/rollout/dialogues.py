@@ -13,7 +13,7 @@ from typing import Protocol
 from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, UngradedError, saved_first
-from etr_megatron.types import Group, Message, Sample, insert
+from etr_megatron.types import Group, Message, Sample, append_reply_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class Dialogues:
         if sample.turns >= self._max_turns or len(sample.response_ids) + len(ids) >= call.limit:
             sample.finish_reason = "length"
             return sample
-        insert(sample, ids)
+        append_reply_tokens(sample, ids)
         sample.messages += reply.messages
         sample.finish_reason = "abort"
         return sample

@@ -90,7 +90,7 @@ def oldest_version(sample: Sample) -> int:
 def summed_ages(sample: Sample, version: int) -> int:
     """Sum of the ages of its drawn tokens, in weight syncs up to weights `version`."""
     if not sample.weight_versions:
-        return sample.drawn * (version - sample.weight_version)
+        return sample.num_generated * (version - sample.weight_version)
     ages = version - np.frombuffer(sample.weight_versions, np.int32)
     return int(ages.sum(where=np.frombuffer(sample.loss_mask, np.bool_)) if sample.loss_mask else ages.sum())
 

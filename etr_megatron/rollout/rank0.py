@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.all_ranks import picklable_error
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store, own_connection
-from etr_megatron.platform.together import for_others
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def of_rank0(own: T | None) -> T:
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
     """Run `body` on rank 0; return its result, or raise its exception, on every rank. A collective.
 
-    If the exception cannot be sent as it is, the other ranks get what `for_others` makes of it, such as a RuntimeError.
+    If the exception cannot be sent as it is, the other ranks get what `picklable_error` makes of it, such as a RuntimeError.
     long: `body` may take longer than the group's timeout for collectives, as generation does. The others wait as long as rank 0
     sends heartbeats, and raise TimeoutError when these stop. `body` then needs its own timeouts.
     share: maps the result to what the other ranks get, without the parts that only rank 0 needs.
@@ -101,7 +101,7 @@ def _broadcast(
                 own = True, body()
                 others = True, share(own[1])
             except Exception as error:  # to be raised on every rank, this one included
-                own, others = (False, error), (False, for_others(error, as_it_is=True))
+                own, others = (False, error), (False, picklable_error(error, keep_class=True))
     elif signs is not None:
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # with a single rank, pickling all of a step's tokens would be wasted
@@ -148,7 +148,7 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
             store.add("beats", 1)
 
     try:
-        with beside(beat, "signs_of_life"):
+        with background_thread(beat, "signs_of_life"):
             yield
     finally:
         store.set("done", "")

@@ -187,9 +187,9 @@ def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, An
     return {name: list(value) if isinstance(value, array | list) else value for name, value in values.items()}
 
 
-def _of_all_tokens(of_drawn: Sequence[float], sample: Sample) -> list[float | None]:
-    """The inverse of `Sample.of_drawn`, with None for tokens of replies."""
+def _of_all_tokens(generated: Sequence[float], sample: Sample) -> list[float | None]:
+    """The inverse of `Sample.select_generated`, with None for tokens of replies."""
     if not sample.loss_mask:
-        return list(of_drawn)
-    rest = iter(of_drawn)
+        return list(generated)
+    rest = iter(generated)
     return [next(rest) if is_drawn else None for is_drawn in sample.loss_mask]

@@ -226,7 +226,7 @@ class RolloutBuffer:
             if self._has(held, sample):
                 fill_in(sample, grade)
                 self._grades.append((grade, held.group.problem.id))
-                held.is_left_out = self._config.rollout.dynamic_sampling and held.is_judged and held.group.is_flat
+                held.is_left_out = self._config.rollout.dynamic_sampling and held.is_judged and held.group.has_zero_variance
 
     def _has(self, held: PendingGroup, sample: Sample) -> bool:
         """Whether the sample is still needed: its group was not given up, and the sample was not replaced by an empty one."""
@@ -345,7 +345,7 @@ class RolloutBuffer:
         """The step's metrics. Raises RuntimeError if a token is too old, which would be a bug of this class."""
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
-        tokens = sum(sample.drawn for sample in samples)
+        tokens = sum(sample.num_generated for sample in samples)
         ages = sum(summed_ages(sample, version) for sample in samples)
         oldest = version - min(oldest_version(sample) for sample in samples)
         if oldest > rollout.max_staleness:

@@ -12,7 +12,7 @@ from etr_megatron.rollout.collect import generate_groups
 from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.pending_group import extend
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
-from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, insert
+from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, append_reply_tokens
 
 if TYPE_CHECKING:
     from etr_megatron.rollout.dialogues import Dialogues
@@ -140,4 +140,4 @@ def _apply(sample: Sample, reply: _Replied | None) -> None:
         return
     sample.finish_reason, sample.environment_status = reply.finish_reason, reply.status
     if reply.inserted:
-        insert(sample, reply.inserted)
+        append_reply_tokens(sample, reply.inserted)

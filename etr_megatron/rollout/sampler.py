@@ -158,7 +158,7 @@ class RoundSampler:
                 grade_groups(groups, self._decode, self._grader)
             self._late_grades.check(step, (sample.reward_status for sample in samples))
             asked += groups
-            missing -= sum(not (dynamic and group.is_flat) for group in groups)
+            missing -= sum(not (dynamic and group.has_zero_variance) for group in groups)
         return chosen(asked, wanted, dynamic=dynamic)
 
     def put_back(self, step: int) -> None:
@@ -197,7 +197,7 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
 
     Without `dynamic`, no group counts as flat.
     """
-    flat = [dynamic and group.is_flat for group in asked]
+    flat = [dynamic and group.has_zero_variance for group in asked]
     kept = [number for number, out in enumerate(flat) if not out][:wanted]
     fill = [number for number, out in enumerate(flat) if out][: wanted - len(kept)]
     counts: dict[str, float] = {}

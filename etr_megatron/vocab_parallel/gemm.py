@@ -32,17 +32,17 @@ def _has_onednn() -> bool:
 _ONEDNN = _has_onednn()
 
 
-def in_multiples(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
     """The next multiple of `ROWS`."""
     return -(-rows // ROWS) * ROWS
 
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
     """The number of rows to which a CPU product pads its `rows` rows with zeros."""
-    return in_multiples(rows) if _ONEDNN and dtype == torch.float32 else rows
+    return round_up_rows(rows) if _ONEDNN and dtype == torch.float32 else rows
 
 
-def _with_zeros(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
+def _zero_padded(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
     """Append `rows` rows and `columns` columns of zeros; returns `matrix` itself if both are 0."""
     return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
@@ -73,7 +73,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Te
     """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
     if hidden.is_cpu:
         more = padded_rows(len(hidden), hidden.dtype) - len(hidden)
-        states = _with_zeros(hidden, rows=more)
+        states = _zero_padded(hidden, rows=more)
         for block in _blocks(weight):
             columns = out[:, block].copy_(_product(states, weight[block])[: len(hidden)])
             if scale != 1:
@@ -104,10 +104,10 @@ def _add_gradients_on_cpu(grad_hidden: Tensor, total: Tensor | None, grad: Tenso
     if not by_block:  # by block, every partial sum would be rounded to bf16
         grad_hidden += (grad @ weight).float()
     more = padded_rows(rows, grad.dtype) - rows
-    states = _with_zeros(hidden, rows=more)
+    states = _zero_padded(hidden, rows=more)
     for block in _blocks(weight):
         part = grad[:, block]
         if by_block:
-            grad_hidden += _product(_with_zeros(part, rows=more), weight[block].t())[:rows]
+            grad_hidden += _product(_zero_padded(part, rows=more), weight[block].t())[:rows]
         if total is not None:
-            total[block] += _product(_with_zeros(part.t(), columns=more), states.t()).float()
+            total[block] += _product(_zero_padded(part.t(), columns=more), states.t()).float()

@@ -13,24 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import (
+from etr_megatron.vocab_parallel.head_chunks import (
     Backend,
     Chunk,
-    Head,
+    HeadConfig,
     add_gradients,
     chunk_buffers,
     chunk_logits,
+    iterate_chunks,
     row_slices,
-    sweep,
 )
+from etr_megatron.vocab_parallel.shard import VocabShard
 from etr_megatron.vocab_parallel.weight_grad import weight_grad
 
 
-def forward_rows(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def forward_rows(head: HeadConfig, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """[3, R] fp32: log-prob, entropy and log-sum-exp of every row."""
     found = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
-    for chunk in sweep(head, hidden, weight, targets):
+    for chunk in iterate_chunks(head, hidden, weight, targets):
         torch.stack([chunk.logp, chunk.entropy, chunk.log_sum], out=found[:, chunk.rows])
     return found
 
@@ -39,7 +39,7 @@ class _Recomputed(torch.autograd.Function):
     """Chunked forward; backward recomputes each chunk's logits and accumulates gradients in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadConfig) -> tuple[Tensor, Tensor]:
         logp, entropy, log_sum = forward_rows(head, hidden, weight, targets)
         ctx.set_materialize_grads(False)  # keeps None, so that an unused entropy is skipped
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum)
@@ -51,9 +51,9 @@ class _Recomputed(torch.autograd.Function):
         if grad_logp is None and grad_entropy is None:
             return (None,) * 4
         hidden, weight, targets, logp, entropy, log_sum = ctx.saved_tensors
-        head: Head = ctx.head
+        head: HeadConfig = ctx.head
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
-        sink = weight_grad(ctx.weight) if ctx.needs_input_grad[1] else None
+        accumulator = weight_grad(ctx.weight) if ctx.needs_input_grad[1] else None
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         slices = row_slices(head, hidden) if head.shard.real else []
         (buffer,) = chunk_buffers(head, slices, 1, hidden.device)
@@ -69,11 +69,11 @@ class _Recomputed(torch.autograd.Function):
                 hidden=hidden,
                 weight=weight,
                 grad_hidden=grad_hidden,
-                grad_weight=None if sink is None else sink.total,
+                grad_weight=None if accumulator is None else accumulator.total,
             )
         if head.shard.group is not None:
             dist.all_reduce(grad_hidden, group=head.shard.group)
-        return grad_hidden.to(hidden.dtype), None if sink is None else sink.handed_to_autograd(), None, None
+        return grad_hidden.to(hidden.dtype), None if accumulator is None else accumulator.autograd_grad(), None, None
 
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -110,16 +110,16 @@ def vocab_parallel_logprob(
     and get zero gradient. Its gradient is added to `weight.main_grad` if Megatron's DDP created one.
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in sampling.
     chunk_rows: rows whose logits exist at a time; None means 1024 on CUDA and R / 4, between 128 and 384, on CPU.
-    backend, overlap: see `Head`.
+    backend, overlap: see `HeadConfig`.
 
     Collectives: an all-gather per chunk in forward, 16 bytes per row; one all-reduce of [R, H] fp32 in backward. Every rank of
     the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    return logprob_through(Head(shard, temperature, chunk_rows, backend, overlap), hidden, weight, targets)
+    return head_logprob(HeadConfig(shard, temperature, chunk_rows, backend, overlap), hidden, weight, targets)
 
 
-def logprob_through(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head_logprob(head: HeadConfig, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_logprob` without the shape checks."""
     if not torch.is_grad_enabled():
         logp, entropy, *_ = forward_rows(head, hidden, weight, targets)

@@ -7,7 +7,7 @@ chunk's logits and is consumed at once: 3 GEMMs, nothing of size R x V ever exis
 Bytes of memory beyond hidden, weight and the weight's fp32 gradient, with c rows per chunk and v real columns in the shard:
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
-    + 4 c v                logits, overwritten by their gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
+    + 4 c v                logits, overwritten by their gradient (twice that with TP > 1 on CUDA, see `HeadConfig.overlap`)
     + the largest of
         4 b v              a temporary of b rows for the statistics: on CPU up to 2^18 elements, at least one row
         4 t + 2 c g        a temporary tile of t elements for the gradient and, in bf16, a GEMM operand with the gradient of g
@@ -32,10 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.vocab_parallel import gemm, torch_rows
-from etr_megatron.vocab_parallel.logprob import check_shapes, logprob_through
+from etr_megatron.vocab_parallel.head_chunks import Backend, HeadConfig, add_gradients, columns_at_a_time, iterate_chunks
+from etr_megatron.vocab_parallel.logprob import check_shapes, head_logprob
 from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, columns_at_a_time, sweep
-from etr_megatron.vocab_parallel.weight_grad import WeightGrad, main_grad, marked_as_added, weight_grad
+from etr_megatron.vocab_parallel.weight_grad import WeightGrad, main_grad, mark_grad_added, weight_grad
 
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
 """(rows, logp fp32 [rows], entropy fp32 [rows]) -> scalar: the summed loss of those rows, divided by the denominator."""
@@ -62,16 +62,16 @@ class _SinglePass(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         token_loss: TokenLoss,
-        head: Head,
+        head: HeadConfig,
         backward_scale: float,
-        sink: WeightGrad | None,
+        accumulator: WeightGrad | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = head.shard.group
         rows_out = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         reductions = []
-        for chunk in sweep(head, hidden, weight, targets):
+        for chunk in iterate_chunks(head, hidden, weight, targets):
             rows = chunk.rows
             rows_out[0, rows], rows_out[1, rows] = chunk.logp, chunk.entropy
             loss, g_logp, g_entropy = _derivatives(token_loss, rows, chunk.logp, chunk.entropy)
@@ -84,17 +84,17 @@ class _SinglePass(torch.autograd.Function):
                 hidden=hidden,
                 weight=weight,
                 grad_hidden=grad_hidden,
-                grad_weight=None if sink is None else sink.total,
+                grad_weight=None if accumulator is None else accumulator.total,
             )
             if group is not None:
                 # Detached: gloo's thread may hold its tensor a little longer, and autograd copies a gradient with other owners.
                 reductions.append(dist.all_reduce(grad_hidden.detach()[rows], group=group, async_op=True))
-        if sink is not None:
-            sink.add_to_main_grad()
+        if accumulator is not None:
+            accumulator.add_to_main_grad()
         for reduction in reductions:
             reduction.wait()
         ctx.grad_hidden, ctx.dtype, ctx.scale = grad_hidden, hidden.dtype, backward_scale
-        ctx.weight = None if sink is None else weight  # not the sum, which is no longer needed
+        ctx.weight = None if accumulator is None else weight  # not the sum, which is no longer needed
         logp, entropy = rows_out
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy
@@ -105,7 +105,7 @@ class _SinglePass(torch.autograd.Function):
             raise RuntimeError("the single-pass loss went backward twice; its gradients were formed once, in forward")
         _check_scale(grad_loss, ctx.scale)
         grad_hidden, ctx.grad_hidden = ctx.grad_hidden.to(ctx.dtype), None
-        return grad_hidden, None if ctx.weight is None else marked_as_added(ctx.weight), *[None] * 5
+        return grad_hidden, None if ctx.weight is None else mark_grad_added(ctx.weight), *[None] * 5
 
 
 def _check_scale(found: Tensor, expected: float) -> None:
@@ -147,13 +147,13 @@ def vocab_parallel_loss(
     [rows, H]. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    head = Head(shard, temperature, chunk_rows, backend, overlap)
+    head = HeadConfig(shard, temperature, chunk_rows, backend, overlap)
     trained = weight.requires_grad
     if not (torch.is_grad_enabled() and (main_grad(weight) is not None if trained else hidden.requires_grad)):
-        logp, entropy = logprob_through(head, hidden, weight, targets)
+        logp, entropy = head_logprob(head, hidden, weight, targets)
         return token_loss(slice(0, len(hidden)), logp, entropy), logp.detach(), entropy.detach()
-    sink = weight_grad(weight) if trained else None
-    return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink)
+    accumulator = weight_grad(weight) if trained else None
+    return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, accumulator)
 
 
 def single_pass_bytes(
@@ -172,12 +172,12 @@ def single_pass_bytes(
     rows: R. hidden_size: H. dtype: of hidden and weight. shard, chunk_rows, backend, overlap: as passed to the loss.
     Excludes the buffers of the all-gather, 16 (TP + 1) bytes per row of a chunk.
     """
-    head, real = Head(shard, chunk_rows=chunk_rows, backend=backend, overlap=overlap), shard.real
+    head, real = HeadConfig(shard, chunk_rows=chunk_rows, backend=backend, overlap=overlap), shard.real
     chunk = head.rows_of_chunk(rows, device)
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
     statistics = tile = operand = product = 0
     columns = columns_at_a_time(real, device)
-    if head.rows_on(device) is torch_rows:
+    if head.kernels_on(device) is torch_rows:
         statistics = 4 * torch_rows.block_rows(chunk, real, device) * real
         tile = 4 * math.prod(torch_rows.tile_shape(chunk, columns, device))
     if dtype != torch.float32:

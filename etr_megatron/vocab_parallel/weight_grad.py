@@ -26,15 +26,15 @@ class WeightGrad:
         if buffer is not None and buffer is not self.total:
             buffer.add_(self.total)
 
-    def handed_to_autograd(self) -> Tensor:
+    def autograd_grad(self) -> Tensor:
         """The gradient to return to autograd, in the weight's dtype; zero if there is a `main_grad`, which then has it."""
         if main_grad(self.weight) is None:
             return self.total.to(self.weight.dtype)
         self.add_to_main_grad()
-        return marked_as_added(self.weight)
+        return mark_grad_added(self.weight)
 
 
-def marked_as_added(weight: Tensor) -> Tensor:
+def mark_grad_added(weight: Tensor) -> Tensor:
     """Tell Megatron that `main_grad` has the gradient; returns the zero that autograd gets instead.
 
     The zero is a sparse tensor without entries, since a dense one would take as much memory as the weight. It cannot be

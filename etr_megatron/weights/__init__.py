@@ -13,11 +13,11 @@ from etr_megatron.weights.boxes import BoxSource
 from etr_megatron.weights.check import check_checkpoint, check_safetensors, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.hf_boxes import HfBoxes
-from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.layout import ServerLayout, TrainingLayout, WeightLayout, shards_of
 from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
-from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.run_checkpoint import holds_adapters, refuse_adapters
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
@@ -35,20 +35,20 @@ __all__ = [
     "LatentAttention",
     "LowRank",
     "Merged",
-    "Placement",
     "SafetensorsDir",
     "ServerLayout",
     "Shard",
     "TorchDistDir",
     "TrainingLayout",
     "Weight",
+    "WeightLayout",
     "check_checkpoint",
     "check_safetensors",
     "check_torch_dist",
     "holds_adapters",
     "is_torch_dist",
     "join_shards",
-    "make_plan",
+    "make_reshard_plan",
     "megatron_shard",
     "open_checkpoint",
     "padded_vocab_size",

@@ -109,13 +109,13 @@ class Merged(BoxSource):
                         values = add_products(values, Shard(size, (Piece(number, begin, origin, size),)), found)
                     yield StoredBox(name, begin, size, values, origin)
 
-    def refuse_other_base(self, total: Callable[[int], int]) -> None:
+    def refuse_other_base(self, all_reduce_sum: Callable[[int], int]) -> None:
         """Raise UserError if the base is not the run's. Call it after all tensors have been read, each rank its share. A
         collective.
 
-        total: returns the sum of all ranks' numbers. Without the run's config.yaml or state, nothing is refused.
+        all_reduce_sum: returns the sum of all ranks' numbers. Without the run's config.yaml or state, nothing is refused.
         """
-        found, wanted = total(sum(self._bit_sums.values())), self._adapters.base_sum()
+        found, wanted = all_reduce_sum(sum(self._bit_sums.values())), self._adapters.base_sum()
         if self._dtype is not None and wanted is not None and (found - wanted) % 2**64:
             raise UserError(
                 f"{self._named} holds other weights than those that the adapters of {self._adapters.path} were trained on; "

@@ -13,18 +13,18 @@ from typing import Protocol
 
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.map import EMBEDDING, Weight, weights_of
-from etr_megatron.weights.shards import Shard, megatron_shard, server_shard, whole_shard
+from etr_megatron.weights.shards import Shard, megatron_shard, server_shard, unsharded
 
 
 @dataclass(frozen=True)
-class Holding:
+class PlacedShard:
     """One shard of a weight and the ranks, in ascending order, that hold it."""
 
     shard: Shard
     ranks: tuple[int, ...]
 
 
-class Placement(Protocol):
+class WeightLayout(Protocol):
     """A layout of ranks 0 .. world - 1: which rank holds which shards."""
 
     @property
@@ -32,7 +32,7 @@ class Placement(Protocol):
         """Number of ranks."""
         ...
 
-    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
+    def placed_shards(self, weight: Weight, arch: Architecture) -> tuple[PlacedShard, ...]:
         """Every distinct shard of the weight once. Raises ValueError when the layout does not fit the architecture."""
         ...
 
@@ -103,15 +103,15 @@ class TrainingLayout:
             return (0, last) if last else (0,)
         return (0,) if weight.megatron.startswith("embedding.") else (last,)
 
-    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
-        """See `Placement`."""
+    def placed_shards(self, weight: Weight, arch: Architecture) -> tuple[PlacedShard, ...]:
+        """See `WeightLayout`."""
         ways, first, step = self.tp, 0, self.tp
         if weight.expert is not None:
             ways, step = self.expert_tp, self.expert_tp * self.ep
             first = ways * _expert_rank(weight.expert, arch, self.ep)
         size = self.stage_ranks
         places = tuple(range(stage * size + first, (stage + 1) * size, step) for stage in self.stages_of(weight, arch))
-        return _holdings(_Cut.of(weight, arch, ways, megatron_shard), places)
+        return _placed_shards(_Cut.of(weight, arch, ways, megatron_shard), places)
 
 
 @dataclass(frozen=True)
@@ -144,35 +144,35 @@ class ServerLayout:
         """Ranks of all servers."""
         return self.tp * self.servers
 
-    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
-        """See `Placement`."""
+    def placed_shards(self, weight: Weight, arch: Architecture) -> tuple[PlacedShard, ...]:
+        """See `WeightLayout`."""
         ways, first, step = self.tp, 0, self.tp
         if weight.expert is not None:
             ways = self.tp // self.ep
             first = ways * _expert_rank(weight.expert, arch, self.ep)
         elif weight.megatron == EMBEDDING or ".self_attention." in weight.megatron:
             ways = step = self.attention_tp
-        return _holdings(_Cut.of(weight, arch, ways, server_shard), (range(first, self.world, step),))
+        return _placed_shards(_Cut.of(weight, arch, ways, server_shard), (range(first, self.world, step),))
 
 
 @dataclass(frozen=True)
-class WholeLayout:
+class UnshardedLayout:
     """Every weight in full on one rank, given by `owner`, with its HF tensors stacked along the rows."""
 
     world: int
     owner: Callable[[Weight], int]
 
-    def holdings(self, weight: Weight, arch: Architecture) -> tuple[Holding, ...]:
-        """See `Placement`."""
-        return (Holding(whole_shard(weight), (self.owner(weight),)),)
+    def placed_shards(self, weight: Weight, arch: Architecture) -> tuple[PlacedShard, ...]:
+        """See `WeightLayout`."""
+        return (PlacedShard(unsharded(weight), (self.owner(weight),)),)
 
 
-def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
+def shards_of(layout: WeightLayout, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
     """Every (weight, shard) that a rank holds, in the model's order."""
     for weight in weights_of(arch):
-        for holding in placement.holdings(weight, arch):
-            if rank in holding.ranks:
-                yield weight, holding.shard
+        for placed in layout.placed_shards(weight, arch):
+            if rank in placed.ranks:
+                yield weight, placed.shard
 
 
 def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
@@ -216,13 +216,13 @@ class _Cut:
 
 
 @lru_cache(maxsize=4096)
-def _holdings(cut: _Cut, places: tuple[range, ...]) -> tuple[Holding, ...]:
+def _placed_shards(cut: _Cut, places: tuple[range, ...]) -> tuple[PlacedShard, ...]:
     """The distinct shards of a cut: replicas and repeated heads are the same shard. places: the layout's ranks that hold part
     0; part i is on the ranks place + i."""
     merged: dict[Shard, list[int]] = {}
     for part in range(cut.ways):
         merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, part), []).append(part)
     return tuple(
-        Holding(shard, tuple(sorted(place + part for some in places for place in some for part in parts)))
+        PlacedShard(shard, tuple(sorted(place + part for some in places for place in some for part in parts)))
         for shard, parts in merged.items()
     )

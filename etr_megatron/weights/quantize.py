@@ -19,9 +19,9 @@ SCALE_SUFFIX = "_scale_inv"
 """Suffix of the scales' name: it is the quantised weight's name plus this."""
 
 FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FP8).max
+_FP8_MAX = torch.finfo(FP8).max
 
-_SMALLEST = 2.0**-116
+_MIN_ABS_MAX = 2.0**-116
 """Blocks without a larger absolute value count as zero: the scale or its inverse would leave fp32's normal range."""
 
 _PANEL, _CPU_PANEL = 2**26, 2**19
@@ -68,8 +68,8 @@ def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
         largest = blocks.abs().amax(dim=(1, 3))
         # NaN fails this comparison, so that it propagates into the scale.
         # Tensor by tensor: torch divides a number by a tensor as a product with the reciprocal, which rounds twice.
-        scale = torch.where(largest <= _SMALLEST, 1.0, torch.full_like(largest, _LARGEST) / largest)
-        scaled = (blocks * scale[:, None, :, None]).clamp_(-_LARGEST, _LARGEST)
+        scale = torch.where(largest <= _MIN_ABS_MAX, 1.0, torch.full_like(largest, _FP8_MAX) / largest)
+        scaled = (blocks * scale[:, None, :, None]).clamp_(-_FP8_MAX, _FP8_MAX)
         panel = values[some]
         panel.copy_(scaled.flatten(2).flatten(0, 1)[: panel.shape[0], :cols])
         scale_inv[block_rows] = 1.0 / scale

@@ -152,7 +152,7 @@ def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shar
     return _plain(weight, tp, rank)
 
 
-def whole_shard(weight: Weight) -> Shard:
+def unsharded(weight: Weight) -> Shard:
     """The whole weight: its HF tensors stacked along the rows, so that each is a contiguous part."""
     return _stack([_rows(weight, hf, 0, shape[0]) for hf, shape in enumerate(weight.shapes)])
 

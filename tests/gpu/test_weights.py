@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_device import recipes_left_out
-from etr_megatron.weights import SafetensorsDir, ServerLayout, make_plan, quantize_blocks, read_architecture, read_shard
+from etr_megatron.weights import SafetensorsDir, ServerLayout, make_reshard_plan, quantize_blocks, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport import ShardedTransport, Wire
@@ -58,7 +58,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     model = write_model(tmp_path / "model", family)
     policy, arch, checkpoint = build(model), read_architecture(model), SafetensorsDir(model)
     sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.chunks).values()}
-    plan = make_plan(policy.layout.training, ServerLayout(), arch, itemsize=2, fp8_block=fp8_block, destination_start=0)
+    plan = make_reshard_plan(policy.layout.training, ServerLayout(), arch, itemsize=2, fp8_block=fp8_block, destination_start=0)
     wanted, destinations = {}, {}
     for weight, shard in shards_of(plan.destination, arch, 0):
         full, name = read_shard(weight, shard, checkpoint.read).to(weight.type_in(torch.bfloat16)), weight.megatron

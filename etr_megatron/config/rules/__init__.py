@@ -30,11 +30,11 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
 )
 """Rules that apply to every config; `parallel.layout` also needs the number of ranks."""
 
-DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (
+WARNING_RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     objective.off_policy,
     objective.stale,
     inputs.observation,
 )
 """Rules for settings that work but are probably unintended: they cause a warning at the start of a run, not an error."""
 
-__all__ = ["DOUBTS", "RULES", "Violation", "get", "megatron", "parallel", "train"]
+__all__ = ["RULES", "WARNING_RULES", "Violation", "get", "megatron", "parallel", "train"]

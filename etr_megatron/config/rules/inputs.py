@@ -95,7 +95,7 @@ def data(config: Config) -> Iterator[Violation]:
 
 
 def observation(config: Config) -> Iterator[Violation]:
-    """Doubts: best checkpoints that would not be saved, and a profile that would not be made."""
+    """Warnings: best checkpoints that would not be saved, and a profile that would not be made."""
     every, evaluated = config.checkpoint.every, config.eval.every
     if config.checkpoint.keep_best > 0 and evaluated and (not every or every % evaluated):
         yield Violation(
@@ -166,7 +166,7 @@ def _best(config: Config) -> Iterator[Violation]:
             yield Violation(
                 ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
             )
-    metric, found = config.checkpoint.best_by, _judging(config)
+    metric, found = config.checkpoint.best_by, _eval_metrics(config)
     is_part = config.reward.function != "math" and re.fullmatch(r"eval(_|/[^/]+/)reward/.+", metric)
     if config.checkpoint.keep_best > 0 and config.data.eval and metric not in found and not is_part:
         yield Violation(
@@ -175,7 +175,7 @@ def _best(config: Config) -> Iterator[Violation]:
         )
 
 
-def _judging(config: Config) -> list[str]:
+def _eval_metrics(config: Config) -> list[str]:
     """Metrics of this run's evaluations for which higher is better."""
     sets = list(config.data.eval) if isinstance(config.data.eval, dict) else []
     places = [("eval_", any(samples_of_set(config, name) > 1 for name in sets or [""]))]

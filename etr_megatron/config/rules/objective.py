@@ -69,7 +69,7 @@ def objective(config: Config) -> Iterator[Violation]:
 
 
 def off_policy(config: Config) -> Iterator[Violation]:
-    """A doubt: a loss without an importance ratio over several optimizer steps."""
+    """A warning: a loss without an importance ratio over several optimizer steps."""
     if config.objective.loss == "reinforce" and config.train.epochs * config.train.minibatches > 1:
         yield Violation(
             ("objective.loss", "train.epochs", "train.minibatches"),
@@ -79,7 +79,7 @@ def off_policy(config: Config) -> Iterator[Violation]:
 
 
 def stale(config: Config) -> Iterator[Violation]:
-    """A doubt: tokens of older weights whose probabilities nothing corrects."""
+    """A warning: tokens of older weights whose probabilities nothing corrects."""
     objective = config.objective
     is_ahead = config.rollout.max_staleness and not config.rollout.only
     if is_ahead and objective.old_logp == "trainer" and objective.correction == "none":

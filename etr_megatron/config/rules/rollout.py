@@ -9,7 +9,7 @@ from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.rules.violation import Violation
 from etr_megatron.config.schema import Config, SglangConfig
 
-MOST_STOP_STRINGS = 32
+MAX_STOP_STRINGS = 32
 """Maximum number of stop strings in a request (`sampling/sampling_params.py` of SGLang 0.5.21)."""
 
 
@@ -28,9 +28,9 @@ def rollout(config: Config) -> Iterator[Violation]:
         yield Violation(("eval.max_response_tokens",), "must be at least 1, or null for rollout.max_response_tokens")
     if "" in rollout.stop_strings or len(set(rollout.stop_strings)) < len(rollout.stop_strings):
         yield Violation(("rollout.stop_strings",), "must be different texts, none of them empty")
-    if rollout.backend == "sglang" and len(rollout.stop_strings) > MOST_STOP_STRINGS:
+    if rollout.backend == "sglang" and len(rollout.stop_strings) > MAX_STOP_STRINGS:
         yield Violation(
-            ("rollout.stop_strings", "rollout.backend"), f"SGLang (0.5.21) takes at most {MOST_STOP_STRINGS} texts; name fewer"
+            ("rollout.stop_strings", "rollout.backend"), f"SGLang (0.5.21) takes at most {MAX_STOP_STRINGS} texts; name fewer"
         )
     if rollout.max_logprob_gap is not None and rollout.max_logprob_gap <= 0:
         yield Violation(("rollout.max_logprob_gap",), "must be greater than 0, or null for the default of the dtype")

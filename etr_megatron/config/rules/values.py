@@ -109,7 +109,7 @@ SECONDS = (
     "sglang.hang_timeout_s",
     "sglang.update_timeout_s",
 )
-LONGEST_S = 1e6
+MAX_SECONDS = 1e6
 """Maximum of a wait, eleven days: the system and torch count milliseconds in 32 bits."""
 AT_MOST = {
     "arithmetic.max_digits": 1000,  # Python does not print integers of more than 4300 digits
@@ -117,13 +117,13 @@ AT_MOST = {
     "reward.workers": 1024,
 }
 
-SHORTEST_MEETING_S = 1.0
+MIN_PHASE_TIMEOUT_S = 1.0
 """Minimum of `run.phase_timeout_s`: newly started ranks do not find each other sooner."""
-LARGEST_LR = 1e3
-LEAST_EPS = 1e-30
+MAX_LR = 1e3
+MIN_ADAM_EPS = 1e-30
 """Minimum of Adam's epsilon: a much smaller one is 0 in float32, and then a weight with gradient 0 becomes NaN."""
 
-COLDEST = 1e-3
+MIN_TEMPERATURE = 1e-3
 """Minimum of a temperature other than 0: logits divided by a much smaller one are infinite, and sampling fails."""
 
 NOT_EMPTY = (
@@ -156,18 +156,19 @@ def bounds(config: Config) -> Iterator[Violation]:
         if get(config, key) < 0:
             yield Violation((key,), "must not be negative")
     for key in SECONDS:
-        if (value := get(config, key)) is not None and value > LONGEST_S:
-            yield Violation((key,), f"must be at most {LONGEST_S:g}")
-    if 0 < config.run.phase_timeout_s < SHORTEST_MEETING_S:
-        yield Violation(("run.phase_timeout_s",), f"must be at least {SHORTEST_MEETING_S:g}")
+        if (value := get(config, key)) is not None and value > MAX_SECONDS:
+            yield Violation((key,), f"must be at most {MAX_SECONDS:g}")
+    if 0 < config.run.phase_timeout_s < MIN_PHASE_TIMEOUT_S:
+        yield Violation(("run.phase_timeout_s",), f"must be at least {MIN_PHASE_TIMEOUT_S:g}")
     for key in ("train.lr", "tiny.warm_start_lr"):
-        if get(config, key) > LARGEST_LR:
-            yield Violation((key,), f"must be at most {LARGEST_LR:g}")
-    if 0 < config.train.adam_eps < LEAST_EPS:
-        yield Violation(("train.adam_eps",), f"must be at least {LEAST_EPS:g}")
+        if get(config, key) > MAX_LR:
+            yield Violation((key,), f"must be at most {MAX_LR:g}")
+    if 0 < config.train.adam_eps < MIN_ADAM_EPS:
+        yield Violation(("train.adam_eps",), f"must be at least {MIN_ADAM_EPS:g}")
     for key in ("rollout.temperature", "eval.temperature"):
-        if 0 < get(config, key) < COLDEST:
-            yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0 for greedy sampling" if "eval" in key else ""))
+        if 0 < get(config, key) < MIN_TEMPERATURE:
+            greedy = ", or 0 for greedy sampling" if "eval" in key else ""
+            yield Violation((key,), f"must be at least {MIN_TEMPERATURE:g}{greedy}")
     for key, most in AT_MOST.items():
         if get(config, key) > most:
             yield Violation((key,), f"must be at most {most}")

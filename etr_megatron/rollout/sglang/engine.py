@@ -15,7 +15,7 @@ import torch.distributed as dist
 from etr_megatron import platform
 from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.rollout.engine import (
     Draw,
     Drawn,
@@ -101,8 +101,8 @@ class SglangEngine:
         cuda, folder = serving.backend == "nccl", str(serving.directory)
         setting = ServerSetting(str(model_dir), serving.dtype, folder, None, cuda, **needs)
         self._servers = servers = JobServers(config, setting, nodes, must_stop=must_stop)
-        together(self._require_room)
-        self._control = together(
+        on_all_ranks(self._require_room)
+        self._control = on_all_ranks(
             lambda: (
                 Control(
                     config,
@@ -287,7 +287,7 @@ class SglangEngine:
         """Empty torch's GPU memory cache, because colocated servers allocate their memory again next. A collective, so that
         rank 0 asks the servers only after all ranks are done."""
         if self._config.placement == "colocated":
-            together(platform.release_cached_memory)
+            on_all_ranks(platform.release_cached_memory)
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
@@ -337,7 +337,7 @@ class SglangEngine:
         """
         failed = at_servers(lambda: self._speaker.release())
         if failed:
-            together(lambda: self._servers.stop(failed))
+            on_all_ranks(lambda: self._servers.stop(failed))
 
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`."""

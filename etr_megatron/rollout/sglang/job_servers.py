@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig, startup_timeout_of
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.platform.job_store import job_store
-from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.hosts import STARTS, Machine, Started
@@ -63,13 +63,13 @@ class JobServers:
         self._starters = dist.new_group(backend="gloo", timeout=longest)
         store, setting = job_store(), setting._replace(api_key=self.api_key)
         self._nodes, rank = nodes, dist.get_rank()
-        together(lambda: nodes.prepare(self.names, setting) if nodes is not None else None)
-        self._machine: Machine | None = together(
+        on_all_ranks(lambda: nodes.prepare(self.names, setting) if nodes is not None else None)
+        self._machine: Machine | None = on_all_ranks(
             lambda: machine_of(config, *parts[rank], addresses[rank], setting, store) if rank in addresses else None
         )
 
     def start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Have the servers' machines start or restart them. A collective; raises as `together`.
+        """Have the servers' machines start or restart them. A collective; raises as `on_all_ranks`.
 
         A server that spans nodes is started again on all its nodes if another process had taken one of its ports.
         """
@@ -90,7 +90,7 @@ class JobServers:
             return on_rank0(lambda: of_rank0(self._nodes).start(names, must_stop), long=True)
         attempt = on_rank0(lambda: secrets.token_hex(8))
         machine, group = self._machine, self._starters
-        own = together(lambda: machine.start(names, must_stop, attempt) if machine is not None else {}, group)
+        own = on_all_ranks(lambda: machine.start(names, must_stop, attempt) if machine is not None else {}, group)
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own, group=group)
         return merged(found)

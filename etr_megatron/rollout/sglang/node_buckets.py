@@ -13,8 +13,8 @@ from torch import Tensor
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.shared_memory import FILES, SEGMENTS, SharedBuckets, has_room
 from etr_megatron.weights import Architecture, weights_of
-from etr_megatron.weights.transport.whole import Field, groups_of
-from etr_megatron.weights.transport.wire import Part, Wire
+from etr_megatron.weights.transport.whole import Field, weight_groups
+from etr_megatron.weights.transport.wire import Subgroup, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _MOST_AS_TEXT = 4 << 30
 
 def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, bucket_bytes: int) -> None:
     """Raise UserError if this machine has no shared memory for the buckets, and the model is too large to be sent as text."""
-    sizes = [group.nbytes for group in groups_of(weights_of(arch), dtype, fp8_block, bucket_bytes)]
+    sizes = [group.nbytes for group in weight_groups(weights_of(arch), dtype, fp8_block, bucket_bytes)]
     needed, total = SEGMENTS * max(sizes), sum(sizes)
     if total > _MOST_AS_TEXT and not has_room(needed):
         raise UserError(
@@ -44,7 +44,7 @@ class NodeBuckets:
 
     def __init__(self, hosts: Mapping[int, Sequence[str]], here: int, workers: int) -> None:
         self._hosts, self._buckets, self._workers = hosts, SharedBuckets(here), workers
-        self._part = Part((), None)
+        self._part = Subgroup((), None)
         self._wire: Wire | None = None
         self._largest = 0
         self._warned: set[int] = set()
@@ -56,11 +56,11 @@ class NodeBuckets:
         """Connect the hosts; a collective of the wire. largest: bytes of the largest bucket. Raises SyncError."""
         self._wire, self._largest = wire, largest
         if self._hosts:
-            self._part = wire.part([0, *(rank for rank in self._hosts if rank != 0)])
+            self._part = wire.subgroup([0, *(rank for rank in self._hosts if rank != 0)])
 
     def leave(self) -> None:
         """Drop the wire."""
-        self._wire, self._part = None, Part((), None)
+        self._wire, self._part = None, Subgroup((), None)
 
     def close(self) -> None:
         """Release the segments."""

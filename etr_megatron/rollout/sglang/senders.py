@@ -18,7 +18,7 @@ from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
 from etr_megatron.weights.transport import DiskWriter, Shards, Transport, Wire, version_directory
-from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.whole import Gather, weight_groups
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class WholeTensors(Transport):
         arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
         super().__init__(settings.wire(), arch, source)
         self._queue, self._shared, self._longest_wait_s = queue, shared, _PATIENCE * settings.timeout_s
-        self._groups = groups_of(weights_of(arch), dtype, settings.fp8_block, limit)
+        self._groups = weight_groups(weights_of(arch), dtype, settings.fp8_block, limit)
         shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
         self._gather = Gather(source, arch, _rank0, together, self.wire, self._memory, dtype=dtype, bucket_bytes=limit)

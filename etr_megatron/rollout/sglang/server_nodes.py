@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig, startup_timeout_of
 from etr_megatron.errors import RequeueError, UserError
-from etr_megatron.platform.background import beside
+from etr_megatron.platform.background import background_thread
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import own_connection
 from etr_megatron.platform.phases import StopAskedError
@@ -78,7 +78,7 @@ class ServerNodes:
 
     def __enter__(self) -> ServerNodes:
         self._root.set(_SESSION, self._name_of_session)
-        self._stack.enter_context(beside(self._beat, "server_nodes"))
+        self._stack.enter_context(background_thread(self._beat, "server_nodes"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -263,7 +263,7 @@ class ServerNode:
             if problem is not None:
                 self._say_hello(str(problem))
                 raise problem
-            with beside(lambda done: self._beat(root, session, done), "server_node"):
+            with background_thread(lambda done: self._beat(root, session, done), "server_node"):
                 try:
                     self._say_hello("")
                     return self._obey()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.layout import Placement, shards_of
+from etr_megatron.weights.layout import WeightLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport.board import SyncError
@@ -18,7 +18,7 @@ from etr_megatron.weights.transport.exchange import Memory
 from etr_megatron.weights.transport.wire import Wire
 
 
-class Wanted(NamedTuple):
+class ExpectedShard(NamedTuple):
     """Requirements for a shard. filled: leading rows that are not padding. dtype: None allows any dtype except FP8."""
 
     shape: tuple[int, ...]
@@ -26,25 +26,25 @@ class Wanted(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, Wanted]:
+def expected_shards(layout: WeightLayout, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, ExpectedShard]:
     """The shards that a rank must have, by name, see `Shards`. fp8_block: block size of a quantised destination, else None."""
-    found: dict[str, Wanted] = {}
-    for weight, shard in shards_of(placement, arch, rank):
+    found: dict[str, ExpectedShard] = {}
+    for weight, shard in shards_of(layout, arch, rank):
         filled = shard.shape[0] if weight.split != "vocab" else sum(piece.size[0] for piece in shard.pieces)
         block = fp8_block if weight.fp8 else None
-        found[weight.megatron] = Wanted(shard.shape, filled, None if block is None else FP8)
+        found[weight.megatron] = ExpectedShard(shard.shape, filled, None if block is None else FP8)
         if block is not None:
             scales = scale_shape(shard.shape, block)
-            found[weight.megatron + SCALE_SUFFIX] = Wanted(scales, scales[0], torch.float32)
+            found[weight.megatron + SCALE_SUFFIX] = ExpectedShard(scales, scales[0], torch.float32)
     return found
 
 
-def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], given: Shards | None) -> None:
+def check_shards(role: str, rank: int | None, expected: Mapping[str, ExpectedShard], given: Shards | None) -> None:
     """Raise ValueError for shards on a rank without the role, or naming all that are missing or of wrong shape or dtype."""
     if rank is None and given:
         raise ValueError(f"shards were given for a {role}, which this rank is not")
     problems = []
-    for name, (shape, _, dtype) in wanted.items():
+    for name, (shape, _, dtype) in expected.items():
         tensor = None if given is None or name not in given else given[name]
         if tensor is None:
             problems.append(f"{name} is missing")
@@ -56,7 +56,7 @@ def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], give
         raise ValueError(f"shards of {role} rank {rank} do not fit: {listed(problems, '; ')}")
 
 
-def _let_go(error: BaseException) -> None:
+def _clear_frames(error: BaseException) -> None:
     """Clear the frames of an error's traceback: they refer to unfinished messages, which would keep gloo's connections open."""
     found: BaseException | None = error
     while found is not None:
@@ -80,8 +80,8 @@ class Transport:
         self,
         wire: Wire,
         arch: Architecture,
-        source: Placement,
-        destination: Placement | None = None,
+        source: WeightLayout,
+        destination: WeightLayout | None = None,
         start: int = 0,
         fp8_block: int | None = None,
     ) -> None:
@@ -94,10 +94,10 @@ class Transport:
         self._memory = Memory(wire.device)
         self.source = wire.rank if wire.rank < source.world else None
         self.destination = wire.rank - start if 0 <= wire.rank - start < receivers else None
-        self._source_wanted = {} if self.source is None else shards_wanted(source, arch, self.source, None)
-        self._destination_wanted: dict[str, Wanted] = {}
+        self._expected_sources = {} if self.source is None else expected_shards(source, arch, self.source, None)
+        self._expected_destinations: dict[str, ExpectedShard] = {}
         if destination is not None and self.destination is not None:
-            self._destination_wanted = shards_wanted(destination, arch, self.destination, fp8_block)
+            self._expected_destinations = expected_shards(destination, arch, self.destination, fp8_block)
 
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
@@ -109,26 +109,26 @@ class Transport:
         board = self.wire.board
         board.start(version)
         try:
-            check_shards("source", self.source, self._source_wanted, sources)
-            check_shards("destination", self.destination, self._destination_wanted, destinations)
-            board.meet("begin")
+            check_shards("source", self.source, self._expected_sources, sources)
+            check_shards("destination", self.destination, self._expected_destinations, destinations)
+            board.barrier("begin")
             self.complete = None
             destinations = destinations or {}
             self._transfer(version, sources or {}, destinations)
-            for name, wanted in self._destination_wanted.items():
-                if wanted.filled < wanted.shape[0]:
-                    destinations[name][wanted.filled :].zero_()
+            for name, expected in self._expected_destinations.items():
+                if expected.filled < expected.shape[0]:
+                    destinations[name][expected.filled :].zero_()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._memory.free()  # training and servers need the space
-            board.meet("end")
+            board.barrier("end")
         except SyncError as error:
-            _let_go(error)
+            _clear_frames(error)
             self.close()
             raise
         except BaseException as error:
             board.report(f"{type(error).__name__}: {error}")
-            _let_go(error)
+            _clear_frames(error)
             self.close()
             if not isinstance(error, Exception):  # Ctrl-C and the like end this process
                 raise

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-_SHORTEST_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
+_MIN_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
 """Poll intervals of a waiting rank: shortest, longest, growth factor. It notices a change at most 1/5 of its wait late."""
 
 _GRACE_S = 3.0
@@ -24,7 +24,7 @@ class SyncError(RuntimeError):
 
 
 class Board:
-    """Messages between `world` ranks on `store`. timeout_s: time limit of a meeting, and of the transfers after it.
+    """Messages between `world` ranks on `store`. timeout_s: time limit of a barrier, and of the transfers after it.
 
     After a SyncError the ranks no longer agree on their phase: the board refuses further use.
     """
@@ -40,7 +40,7 @@ class Board:
         self._broken: str | None = None
 
     def start(self, version: int) -> None:
-        """Start a new sync, which begins with a meeting. Raises SyncError if a sync has failed on this board before."""
+        """Start a new sync, which begins with a barrier. Raises SyncError if a sync has failed on this board before."""
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
@@ -52,7 +52,7 @@ class Board:
     def _key(self, name: str, rank: int | None = None) -> str:
         return f"{self._sync}/{name}" + ("" if rank is None else f"/{rank}")
 
-    def meet(self, phase: str) -> None:
+    def barrier(self, phase: str) -> None:
         """Wait until all ranks reach this phase of the sync. Raises SyncError naming ranks that are missing or failed."""
         self._arrive(phase)
         # The last rank to arrive tells the others: a poll of all ranks' keys would be O(world) for every waiting rank.
@@ -63,7 +63,7 @@ class Board:
         self._await(all_here, self.timeout_s)
 
     def follow_rank0(self, phase: str, timeout_s: float) -> None:
-        """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
+        """Reach this phase. Ranks other than 0 wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `barrier`.
 
         So time that rank 0 spends alone between two phases does not count against the timeout of the other ranks' transfers.
         """
@@ -78,18 +78,18 @@ class Board:
 
     def _await(self, key: str, timeout_s: float) -> None:
         self._patience, self._deadline = timeout_s, time.monotonic() + timeout_s
-        pause = _SHORTEST_POLL_S
+        pause = _MIN_POLL_S
         # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check([key]):
-            # A rank that failed after this meeting attended it. So all ranks pass, and agree on whether the sync has begun.
-            late = self.left() <= 0
+            # A rank that failed after this barrier has reached it. So all ranks pass, and agree on whether the sync has begun.
+            late = self.seconds_left() <= 0
             if (late or self.has_failed()) and not self._store.check([key]):
                 raise self.fail("")
             time.sleep(pause)
             pause = min(_POLL_GROWTH * pause, _POLL_S)
         self._patience, self._deadline, self._phase = self.timeout_s, time.monotonic() + self.timeout_s, "end"
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()
 
@@ -132,12 +132,12 @@ class Board:
         grace = time.monotonic() + _GRACE_S
         while True:
             texts = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
-            told = {rank: json.loads(text) for rank, text in texts.items() if text}
-            reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in told.items() if one["reason"]]
+            reports = {rank: json.loads(text) for rank, text in texts.items() if text}
+            reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in reports.items() if one["reason"]]
             if reasons:
                 return "; ".join(reasons)
-            silent = {rank for rank in range(self.world) if rank not in told and not self._there(rank)}
-            gone = {one["lost"] for one in told.values()} & silent
+            silent = {rank for rank in range(self.world) if rank not in reports and not self._there(rank)}
+            gone = {one["lost"] for one in reports.values()} & silent
             if silent == gone or time.monotonic() > grace:
                 break
             time.sleep(_POLL_S)

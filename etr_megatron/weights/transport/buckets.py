@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.file_tensor import Index
-from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
+from etr_megatron.weights.reshard import ReshardPlan, Transfer
 from etr_megatron.weights.shards import box
 
 ALONE_BYTES = 1 << 18
@@ -88,7 +88,7 @@ def _rows(transfer: Transfer, first: int, rows: int) -> Transfer:
     )
 
 
-def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -> Iterator[list[Transfer]]:
+def _cut(plan: ReshardPlan, transfers: Sequence[Transfer], itemsize: int, limit: int) -> Iterator[list[Transfer]]:
     """Split transfers into buckets of `limit` bytes, in order. A row (or row of blocks) that is larger gets its own bucket."""
     filling: list[Transfer] = []
     space = limit
@@ -110,7 +110,7 @@ def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -
         yield filling
 
 
-def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, limit: int) -> list[Bucket]:
+def buckets_of(plan: ReshardPlan, transfers: Sequence[Transfer], dtype: torch.dtype, limit: int) -> list[Bucket]:
     """The transfers of one pair of ranks, in buckets of at most about `limit` bytes. dtype: of unquantised values."""
     buckets = []
     for parts in _cut(plan, transfers, dtype.itemsize, limit):
@@ -149,7 +149,7 @@ def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None
     return box(shards[name + SCALE_SUFFIX], tuple(i // scales_block for i in at), scale_shape(transfer.size, scales_block))
 
 
-def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
+def _in_place(plan: ReshardPlan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
     """The bytes of a slot in the shard itself, if the shard holds them exactly as they are sent; else None."""
     if not sending:
         tensor = destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).detach()
@@ -162,7 +162,7 @@ def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, s
     return tensor.view(-1).view(torch.uint8)
 
 
-def stage(plan: Plan, bucket: Bucket, shards: Shards, device: torch.device, *, sending: bool) -> Staged:
+def stage(plan: ReshardPlan, bucket: Bucket, shards: Shards, device: torch.device, *, sending: bool) -> Staged:
     """The sender's or receiver's side of a bucket, from its shards. device: of the messages."""
     copied, alone, end = list(bucket.slots), [], bucket.packed
     for slot in bucket.alone:
@@ -180,7 +180,7 @@ def _aligned(end: int) -> int:
 
 
 @torch.no_grad()
-def pack(plan: Plan, staged: Staged, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
+def pack(plan: ReshardPlan, staged: Staged, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
     """Fill the caller's buffer `flat` (uint8 [nbytes]) from a source's shards on the shards' device: cast to `dtype`, and then
     quantised where required.
 
@@ -202,14 +202,14 @@ def pack(plan: Plan, staged: Staged, flat: Tensor, shards: Shards, dtype: torch.
 
 
 @torch.no_grad()
-def unpack(plan: Plan, staged: Staged, flat: Tensor, shards: Shards) -> None:
+def unpack(plan: ReshardPlan, staged: Staged, flat: Tensor, shards: Shards) -> None:
     """Copy what was received into the buffer `flat` into a destination's shards."""
     for slot in staged.copied:
         destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).copy_(slot.view(flat))
 
 
 @torch.no_grad()
-def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
+def copy_local(plan: ReshardPlan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
     """Do a transfer within a process. The values are those that another process would receive; see `pack`."""
     values = source_box(transfer, sources).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:

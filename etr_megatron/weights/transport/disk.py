@@ -23,13 +23,13 @@ from torch import Tensor
 
 from etr_megatron.platform.files import sync_to_disk
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.layout import Placement
+from etr_megatron.weights.layout import WeightLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.safetensors_dir import INDEX
 from etr_megatron.weights.transport.base import Transport
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import Shards
-from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.whole import Gather, weight_groups
 from etr_megatron.weights.transport.wire import Wire
 
 VERSION_FILE = "version.json"
@@ -46,12 +46,12 @@ def version_directory(directory: str | Path, version: int) -> Path:
     return Path(directory) / f"version_{version:06d}"
 
 
-def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
+def owners_of(source: WeightLayout, arch: Architecture) -> dict[str, int]:
     """Weight (`Weight.megatron`) -> the rank that writes it: the least loaded of the ranks that hold a part of it."""
     loads = [0] * source.world
     owners = {}
     for weight in weights_of(arch):
-        ranks = {rank for holding in source.holdings(weight, arch) for rank in holding.ranks}
+        ranks = {rank for placed in source.placed_shards(weight, arch) for rank in placed.ranks}
         owner = min(ranks, key=lambda rank: (loads[rank], rank))
         loads[owner] += sum(torch.Size(shape).numel() for shape in weight.shapes)
         owners[weight.megatron] = owner
@@ -63,7 +63,7 @@ class DiskWriter(Transport):
 
     directory: on a file system that these ranks and the readers share. run: identifies this run's versions; versions that
     another run left in the directory are removed. file_bytes: bound of a file (or the largest weight); a rank has two files in
-    memory. The other arguments are those of `ShardedTransport` and `make_plan`.
+    memory. The other arguments are those of `ShardedTransport` and `make_reshard_plan`.
 
     Rank 0 publishes a version. A sync that fails before all ranks have written leaves no version behind. A sync that fails
     while the other ranks wait for rank 0's answer raises on them, although the complete version may exist.
@@ -72,7 +72,7 @@ class DiskWriter(Transport):
     def __init__(
         self,
         directory: str | Path,
-        source: Placement,
+        source: WeightLayout,
         arch: Architecture,
         wire: Wire,
         *,
@@ -87,7 +87,7 @@ class DiskWriter(Transport):
         mine: dict[int, list[Weight]] = {rank: [] for rank in range(source.world)}
         for weight in weights_of(arch):
             mine[owners[weight.megatron]].append(weight)
-        files = {rank: groups_of(some, dtype, fp8_block, file_bytes) for rank, some in mine.items()}
+        files = {rank: weight_groups(some, dtype, fp8_block, file_bytes) for rank, some in mine.items()}
         self._own = files[wire.rank]
         self._index = {
             "metadata": {"total_size": sum(group.nbytes for groups in files.values() for group in groups)},
@@ -119,9 +119,9 @@ class DiskWriter(Transport):
                 self._bring_back()
                 _remove(self.directory.glob(".version_*"))  # left by a killed job
                 unfinished.mkdir(parents=True)
-            self.wire.board.meet("directory")
+            self.wire.board.barrier("directory")
             self._write_files(unfinished, sources)
-            self.wire.board.meet("written")
+            self.wire.board.barrier("written")
             if self.wire.rank == 0:
                 self._publish(version, unfinished, final)
         except BaseException as error:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.weights.plan import Plan
+from etr_megatron.weights.reshard import ReshardPlan
 from etr_megatron.weights.transport.buckets import Bucket, Shards, Staged, buckets_of, copy_local, pack, stage, unpack
 from etr_megatron.weights.transport.wire import Message, Wire
 
-SMALLEST_BUCKET = 1 << 20
+MIN_BUCKET_BYTES = 1 << 20
 """Minimum of the size limit of a pair's buckets, however many pairs there are."""
 
 _Part = tuple[int, Staged, Tensor]
@@ -52,12 +52,12 @@ class Memory:
 
 
 class Exchange:
-    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.meet`.
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without a `Board.barrier`.
 
     memory: for buckets; other exchanges may use it before and after a run.
     """
 
-    def __init__(self, plan: Plan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
+    def __init__(self, plan: ReshardPlan, wire: Wire, memory: Memory, *, dtype: torch.dtype, bucket_bytes: int) -> None:
         self.wire, self.dtype = wire, dtype
         self.source = wire.rank if wire.rank < plan.source.world else None
         place = wire.rank - plan.destination_start
@@ -68,7 +68,7 @@ class Exchange:
         own = {pair: some for pair, some in plan.pairs.items() if pair[0] == self.source or pair[1] == self.destination}
         self.plan = replace(plan, pairs=own)
 
-    def _own_buckets(self, plan: Plan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
+    def _own_buckets(self, plan: ReshardPlan, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
         """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
         sources = Counter(destination for _, destination in remote)
@@ -77,7 +77,7 @@ class Exchange:
         for source, destination in remote:
             if source != self.source and destination != self.destination:
                 continue
-            limit = max(SMALLEST_BUCKET, bucket_bytes // max(sources[destination], destinations[source]))
+            limit = max(MIN_BUCKET_BYTES, bucket_bytes // max(sources[destination], destinations[source]))
             buckets = buckets_of(plan, plan.pairs[source, destination], self.dtype, limit)
             if source == self.source:
                 outgoing[plan.destination_start + destination] = buckets
@@ -90,7 +90,7 @@ class Exchange:
         rounds = max((len(buckets) for buckets in (*self._outgoing.values(), *self._incoming.values())), default=0)
         sends, receives = self._pack(0, sources), self._stage(0, destinations, sending=False)
         works = self._post(sends, receives)
-        self._copy_what_is_here(sources, destinations)
+        self._copy_local(sources, destinations)
         for number in range(rounds):
             sends = self._pack(number + 1, sources)
             self.wire.wait(works)
@@ -122,7 +122,7 @@ class Exchange:
 
         return self.wire.exchange(messages(sends), messages(receives))
 
-    def _copy_what_is_here(self, sources: Shards, destinations: Shards) -> None:
+    def _copy_local(self, sources: Shards, destinations: Shards) -> None:
         """Copy the transfers within this process."""
         source, destination = self.source, self.destination
         if source is None or destination is None or not self.plan.is_local(source, destination):

@@ -31,9 +31,9 @@ from etr_megatron.weights.latent import LatentAttention
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import Weight
-from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX
-from etr_megatron.weights.transport.base import shards_wanted
+from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
+from etr_megatron.weights.transport.base import expected_shards
 from etr_megatron.weights.transport.board import Board, SyncError
 from etr_megatron.weights.transport.sharded import ShardedTransport
 from etr_megatron.weights.transport.wire import Wire
@@ -47,7 +47,7 @@ _OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved", "use_flash
 """Flags of a layer or its `quant_method` which say that fused experts do not have gate above up. Shapes do not show this."""
 
 
-class MisfitError(ValueError):
+class ShardMismatchError(ValueError):
     """A worker's parameters do not match an offer."""
 
 
@@ -60,8 +60,8 @@ def refusal_key(rank: int) -> str:
 class Offer:
     """Everything that a worker needs for a sync. address, port: of the store in the training ranks' process 0.
 
-    rank: the worker's rank in the destination. The other fields are arguments of `make_plan`, `Wire` and `ShardedTransport`;
-    they must be the same on the training ranks and all workers.
+    rank: the worker's rank in the destination. The other fields are arguments of `make_reshard_plan`, `Wire` and
+    `ShardedTransport`; they must be the same on the training ranks and all workers.
     """
 
     version: int
@@ -111,10 +111,10 @@ class Offer:
         """The worker's process: the training ranks come first."""
         return self.source.world + self.rank
 
-    def plan(self) -> Plan:
+    def plan(self) -> ReshardPlan:
         """The plan of the sync."""
         itemsize = getattr(torch, self.dtype).itemsize
-        return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
+        return make_reshard_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
 
     def store(self) -> dist.TCPStore:
         """A worker's connection to the store. Raises SyncError if there is none."""
@@ -149,11 +149,11 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
     """A worker's parameters by `Weight.megatron`, as views: for an expert, its slot in the fused parameter; for a weight that
     shares a parameter with others, its rows.
 
-    Raises MisfitError naming the parameters that the server does not have, or has in another shape.
+    Raises ShardMismatchError naming the parameters that the server does not have, or has in another shape.
     """
     found: dict[str, Tensor] = {}
     problems = []
-    wanted = shards_wanted(offer.destination, offer.arch, offer.rank, offer.fp8_block)
+    wanted = expected_shards(offer.destination, offer.arch, offer.rank, offer.fp8_block)
     held: dict[str, list[Weight]] = {}
     for weight, _ in shards_of(offer.destination, offer.arch, offer.rank):
         held.setdefault(weight.server, []).append(weight)
@@ -177,16 +177,16 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
         missing = [problem for problem in problems if problem.startswith("there is no")]
         is_fused = missing and all(".shared_experts." in problem for problem in missing)
         way_out = "; start it with --disable-shared-experts-fusion" if is_fused else ""
-        raise MisfitError(f"the server's parameters do not match the offer: {differing}{way_out}")
+        raise ShardMismatchError(f"the server's parameters do not match the offer: {differing}{way_out}")
     return found
 
 
 def refuse_other_orders(model: Any) -> None:
-    """Raise MisfitError if a layer of the worker's model stores the rows of its experts in another order."""
+    """Raise ShardMismatchError if a layer of the worker's model stores the rows of its experts in another order."""
     for name, module in model.named_modules():
         for order in _OWN_ORDERS:
             if getattr(module, order, False) or getattr(getattr(module, "quant_method", None), order, False):
-                raise MisfitError(
+                raise ShardMismatchError(
                     f"the server keeps the experts of {name} in its own order ({order}); start it with --moe-runner-backend "
                     "triton, or send whole tensors (sglang.sync=broadcast)"
                 )
@@ -208,7 +208,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         receive(model, named)
     except SyncError as error:
         logger.error("%s", error)
-    except MisfitError as error:
+    except ShardMismatchError as error:
         logger.error("%s", error)
         Offer.read(named[MESSAGE_NAME]).refuse(str(error))
 
@@ -217,7 +217,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
 def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Receive a version into the parameters of a worker's `model`, and recompute what the model derives from them.
 
-    tensors: only the tiny one. Raises ValueError for another message, MisfitError for parameters that do not match the
+    tensors: only the tiny one. Raises ValueError for another message, ShardMismatchError for parameters that do not match the
     offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions.
     """
     if tensors.keys() != {MESSAGE_NAME}:

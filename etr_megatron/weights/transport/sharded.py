@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from etr_megatron.weights.plan import Plan
+from etr_megatron.weights.reshard import ReshardPlan
 from etr_megatron.weights.transport.base import Transport
 from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.exchange import Exchange
@@ -22,7 +22,7 @@ class ShardedTransport(Transport):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ReshardPlan,
         wire: Wire,
         *,
         dtype: torch.dtype = torch.bfloat16,

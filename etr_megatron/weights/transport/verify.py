@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.checksum import checksum
-from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.reshard import ReshardPlan, Transfer
 from etr_megatron.weights.transport.buckets import Shards, destination_box, source_box
 from etr_megatron.weights.transport.exchange import Exchange
 from etr_megatron.weights.transport.wire import Message
@@ -47,7 +47,7 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
         )
 
 
-def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
+def destination_checksum(plan: ReshardPlan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
     """Checksum of a piece as a destination holds it. dtype: of values that are sent unquantised."""
     values = destination_box(transfer, shards)
     if (block := plan.block_of(transfer.weight)) is not None:
@@ -55,7 +55,7 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
     return checksum(values.to(transfer.weight.type_in(dtype)))
 
 
-def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
+def source_checksum(plan: ReshardPlan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
     """Checksum of a piece as its source sends it. dtype: of unquantised values; others are rounded to it first."""
     values = source_box(transfer, shards).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:

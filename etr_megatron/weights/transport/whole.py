@@ -11,17 +11,17 @@ from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.file_tensor import Index
-from etr_megatron.weights.layout import Placement, WholeLayout
+from etr_megatron.weights.layout import UnshardedLayout, WeightLayout
 from etr_megatron.weights.map import Weight
-from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
+from etr_megatron.weights.reshard import make_reshard_plan
 from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.exchange import Exchange, Memory
 from etr_megatron.weights.transport.wire import Wire
 
 
 class Field(NamedTuple):
-    """A tensor in a flat bucket. name: the HF tensor's or, in `Group.shards`, the weight's name (scales: + SCALE_SUFFIX)."""
+    """A tensor in a flat bucket. name: the HF tensor's or, in `WeightGroup.shards`, the weight's (scales: + SCALE_SUFFIX)."""
 
     name: str
     dtype: torch.dtype
@@ -34,10 +34,10 @@ class Field(NamedTuple):
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class Group:
+class WeightGroup:
     """Weights whose full tensors form one flat bucket of `nbytes`; tensors with larger elements come first.
 
-    shards: per weight, its HF tensors stacked (`whole_shard`). tensors: the HF tensors one by one, at the same bytes; the
+    shards: per weight, its HF tensors stacked (`unsharded`). tensors: the HF tensors one by one, at the same bytes; the
     scales of `X.weight` are `X.weight_scale_inv`.
     """
 
@@ -70,7 +70,7 @@ class Group:
         return self._fp8_block if weight.fp8 else None
 
     def quantize(self, full: Shards, flat: Tensor) -> None:
-        """Quantise full tensors (by weight, `whole_shard`) into the bucket, one HF tensor at a time."""
+        """Quantise full tensors (by weight, `unsharded`) into the bucket, one HF tensor at a time."""
         fields = {field.name: field for field in self.tensors}
         for weight in self.weights:
             block = self.block_of(weight)
@@ -83,7 +83,7 @@ class Group:
                 fields[name + SCALE_SUFFIX].view(flat).copy_(scales)
 
 
-def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
+def weight_groups(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[WeightGroup]:
     """Weights in order, in groups of at most `limit` bytes, or of one larger weight. Weights that share a parameter of the
     server stay together, at the position of the first: a server fuses the parts in one request, and drops single ones."""
     units: dict[str, list[Weight]] = {}
@@ -92,13 +92,13 @@ def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | No
     groups: list[list[Weight]] = []
     space = 0
     for unit in units.values():
-        nbytes = Group(unit, dtype, fp8_block).nbytes
+        nbytes = WeightGroup(unit, dtype, fp8_block).nbytes
         if not groups or nbytes > space:
             groups.append([])
             space = limit
         groups[-1] += unit
         space -= nbytes
-    return [Group(some, dtype, fp8_block) for some in groups]
+    return [WeightGroup(some, dtype, fp8_block) for some in groups]
 
 
 class Gather:
@@ -110,23 +110,23 @@ class Gather:
 
     def __init__(
         self,
-        source: Placement,
+        source: WeightLayout,
         arch: Architecture,
         owner: Callable[[Weight], int],
-        groups: Sequence[Sequence[Group]],
+        groups: Sequence[Sequence[WeightGroup]],
         wire: Wire,
         memory: Memory,
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        layout = WholeLayout(source.world, owner)
-        plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
+        layout = UnshardedLayout(source.world, owner)
+        plan = make_reshard_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
         parts = plan.split([[weight.megatron for group in together for weight in group.weights] for together in groups])
         self._exchanges = [Exchange(part, wire, memory, dtype=dtype, bucket_bytes=bucket_bytes) for part in parts]
         self._dtype = dtype
 
-    def run(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
+    def run(self, number: int, sources: Shards, own: tuple[WeightGroup, Tensor] | None) -> None:
         """Gather; own: on an owner, its group and the flat bucket (uint8) to put it into."""
         if own is None:
             self._exchanges[number].run(sources, {})

@@ -23,7 +23,7 @@ Message = tuple[Tensor, int]
 """A flat contiguous tensor and the other rank."""
 
 
-class Part(NamedTuple):
+class Subgroup(NamedTuple):
     """A subset of a wire's ranks. group: their process group; None on ranks outside the subset."""
 
     ranks: tuple[int, ...]
@@ -50,13 +50,13 @@ class Wire:
         self.rank, self.world, self.bytes_sent = rank, world, 0
         self.device = _device_of(backend)
         self.board = Board(dist.PrefixStore("board", store), rank, world, timeout_s)
-        self.board.meet("begin")
+        self.board.barrier("begin")
         self._backend, self._store = backend, store
-        self._parts: list[Any] = []
+        self._subgroups: list[Any] = []
         self._group = self._open("group", rank, world)
         # A rank that gives up right after it has connected would break connections that others are still making. They would
         # report a broken connection instead of the rank and its reason.
-        self.board.meet("connection")
+        self.board.barrier("connection")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
@@ -106,25 +106,25 @@ class Wire:
 
         return [(first, self._guard(first, lambda: self._launch(post)))]
 
-    def part(self, ranks: Sequence[int]) -> Part:
-        """A subset of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        """A subset of the ranks, for broadcasts among them; every rank of the wire must make the same subgroups."""
         group = None
         if self.rank in ranks:
-            group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
-        self.board.meet(f"connection of part {len(self._parts)}")
-        self._parts.append(group)
-        return Part(tuple(ranks), group)
+            group = self._open(f"part{len(self._subgroups)}", ranks.index(self.rank), len(ranks))
+        self.board.barrier(f"connection of part {len(self._subgroups)}")
+        self._subgroups.append(group)
+        return Subgroup(tuple(ranks), group)
 
-    def broadcast(self, tensor: Tensor, part: Part) -> list[tuple[int, Any]]:
-        """Post a broadcast of a flat tensor from the part's first rank, whose `bytes_sent` counts it once per receiver."""
-        if part.group is None or len(part.ranks) == 1:
+    def broadcast(self, tensor: Tensor, subgroup: Subgroup) -> list[tuple[int, Any]]:
+        """Post a broadcast of a flat tensor from the subgroup's first rank, whose `bytes_sent` counts it once per receiver."""
+        if subgroup.group is None or len(subgroup.ranks) == 1:
             return []
-        root = part.ranks[0]
+        root = subgroup.ranks[0]
         if self.rank == root:
-            self.bytes_sent += tensor.nbytes * (len(part.ranks) - 1)
+            self.bytes_sent += tensor.nbytes * (len(subgroup.ranks) - 1)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        return [(root, self._guard(root, lambda: self._launch(lambda: part.group.broadcast([tensor], options))))]
+        return [(root, self._guard(root, lambda: self._launch(lambda: subgroup.group.broadcast([tensor], options))))]
 
     def wait(self, works: Sequence[tuple[int, Any]]) -> None:
         """Wait until these messages are complete. After the sync's deadline, raises SyncError naming the missing ranks."""
@@ -154,7 +154,7 @@ class Wire:
 
         threading.Thread(target=run, name="weight_sync", daemon=True).start()
         while not wait([found], timeout=_LOOK_S).done:
-            if self.board.left() <= 0 or self.board.has_failed():
+            if self.board.seconds_left() <= 0 or self.board.has_failed():
                 raise TimeoutError
         return found.result()
 
@@ -163,10 +163,10 @@ class Wire:
         for look in itertools.count() if self._backend == "nccl" else ():
             if work.is_completed():
                 break
-            if self.board.left() <= 0 or (look % _LOOKS == _LOOKS - 1 and self.board.has_failed()):
+            if self.board.seconds_left() <= 0 or (look % _LOOKS == _LOOKS - 1 and self.board.has_failed()):
                 raise TimeoutError
             time.sleep(0.0002)
-        work.wait(datetime.timedelta(seconds=max(0.001, self.board.left())))
+        work.wait(datetime.timedelta(seconds=max(0.001, self.board.seconds_left())))
 
     def _guard(self, other: int, action: Any) -> Any:
         try:
@@ -174,18 +174,18 @@ class Wire:
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, SyncError):
                 raise
-            late = self.board.left() <= 0.01 or isinstance(error, TimeoutError)
+            late = self.board.seconds_left() <= 0.01 or isinstance(error, TimeoutError)
             self.board.report(lost=None if late else other)
             self.close()
             raise self.board.failure() from error
 
     def close(self) -> None:
-        """Drop the connections, so that no rank waits for this one until the deadline. Holders of a `Part` must drop it too.
+        """Drop the connections, so that no rank waits for this one until the deadline. Holders of a `Subgroup` must drop it.
 
         The board and its store live as long as this object. Other ranks may still read from it why the sync failed, or that it
         has ended; a server's worker may do so much later.
         """
-        groups, self._group, self._parts = [self._group, *self._parts], None, []
+        groups, self._group, self._subgroups = [self._group, *self._subgroups], None, []
         self._abort(groups)
 
     def _abort(self, groups: Sequence[Any]) -> None:

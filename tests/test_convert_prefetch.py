@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from etr_megatron.convert.ahead import one_ahead
+from etr_megatron.convert.prefetch import prefetch
 
 
 def test_an_item_is_made_while_the_one_before_is_in_use_and_no_further():
@@ -18,7 +18,7 @@ def test_an_item_is_made_while_the_one_before_is_in_use_and_no_further():
             yield number
 
     found = []
-    for number in one_ahead(items()):
+    for number in prefetch(items()):
         found.append(number)
         if number < 3:
             assert made[number + 1].wait(300)
@@ -33,14 +33,14 @@ def test_what_making_an_item_raises_comes_at_its_place():
 
     found = []
     with pytest.raises(OSError, match="no space"):
-        found.extend(one_ahead(items()))
+        found.extend(prefetch(items()))
     assert found == [1]
 
 
 def test_who_stops_in_the_middle_leaves_no_thread():
     before = set(threading.enumerate())
     with pytest.raises(ValueError, match="enough"):
-        for number in one_ahead(iter(range(100))):
+        for number in prefetch(iter(range(100))):
             if number == 5:
                 raise ValueError("enough")
     assert set(threading.enumerate()) <= before

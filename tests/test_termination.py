@@ -13,15 +13,15 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from etr_megatron import ending
+from etr_megatron import termination
 from etr_megatron.config import Config
-from etr_megatron.ending import Ending
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import RunDirectory
-from etr_megatron.platform import attendance
-from etr_megatron.platform.attendance import Attendance, RankProcess
+from etr_megatron.platform import rank_liveness
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.platform.rank_liveness import RankLiveness, RankProcess
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, Reported, read_status
+from etr_megatron.termination import RunTermination
 from tests.runs import wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -35,19 +35,19 @@ class Job:
     def __init__(self, folder, resume: bool = True, rank: int = 0) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         pid, store, own = self.process.pid, dist.HashStore(), RankProcess.own()
-        places = [own, own._replace(host="elsewhere", pid=pid, begun=attendance._begun(pid))]
-        places = [places[rank], places[1 - rank]]
-        self.own, self.other = (Attendance(store, one, places) for one in (rank, 1 - rank))
+        processes = [own, own._replace(host="elsewhere", pid=pid, start_time=rank_liveness._start_time(pid))]
+        processes = [processes[rank], processes[1 - rank]]
+        self.own, self.other = (RankLiveness(store, one, processes) for one in (rank, 1 - rank))
         self.directory, self.stop = RunDirectory(folder), StopRequest()
         (self.directory.checkpoints / "step_000004").mkdir(parents=True)
         (self.directory.checkpoints / "step_000004" / "trainer.json").touch()
         config = Config()
         self.config = replace(config, checkpoint=replace(config.checkpoint, resume=resume))
-        self.ending = Ending(self.config, self.directory, self.own, self.stop)
+        self.termination = RunTermination(self.config, self.directory, self.own, self.stop)
 
     def kill(self) -> None:
         self.process.kill()
-        wait_for(lambda: attendance._begun(self.process.pid) is None)
+        wait_for(lambda: rank_liveness._start_time(self.process.pid) is None)
 
     def run(self, *, error: Exception | None, told: bool, has_begun: bool = True) -> None:
         def train() -> None:
@@ -58,7 +58,7 @@ class Job:
                 raise error
 
         with self.stop.on_sigterm(600):
-            self.ending.run(train, lambda: 7, lambda: has_begun)
+            self.termination.run(train, lambda: 7, lambda: has_begun)
 
     @property
     def status(self) -> tuple[str, int, str]:
@@ -84,28 +84,28 @@ def test_a_job_that_was_told_to_stop_is_to_be_started_again_whatever_error_comes
 
 
 def test_an_error_that_all_ranks_raise_is_no_other_ranks(job):
-    job.other.leave(f"RuntimeError: {LOST}")
+    job.other.report_failure(f"RuntimeError: {LOST}")
     with pytest.raises(RuntimeError):
         job.run(error=LOST, told=False)
     assert job.status == ("failed", 7, str(LOST))
 
 
 def test_so_is_one_of_which_another_rank_was_told(job):
-    job.other.stop()
+    job.other.mark_stopped()
     with pytest.raises(RequeueError):
         job.run(error=LOST, told=False)
     assert job.status[:2] == ("requeue", 4)
 
 
 def test_so_is_one_of_which_a_node_without_a_rank_was_told(job):
-    job.stop.heed(lambda: True)
+    job.stop.add_source(lambda: True)
     with pytest.raises(RequeueError):
         job.run(error=LOST, told=False)
     assert job.status[:2] == ("requeue", 4)
 
 
 def test_before_the_first_step_too(job):
-    with job.stop.on_sigterm(600), pytest.raises(RequeueError), job.ending.before_a_step():
+    with job.stop.on_sigterm(600), pytest.raises(RequeueError), job.termination.during_startup():
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(job.stop)
         raise LOST
@@ -117,7 +117,7 @@ def test_before_the_first_step_too(job):
     ("how", "what"), [("killed", "ended without a word, as after SIGKILL"), ("failed", "failed: ValueError: no")]
 )
 def test_a_job_that_lost_a_rank_has_failed_and_names_it_its_process_and_host_beside_what_the_library_says(job, how, what, told):
-    job.kill() if how == "killed" else job.other.leave("ValueError: no")
+    job.kill() if how == "killed" else job.other.report_failure("ValueError: no")
     with pytest.raises(RuntimeError) as raised:
         job.run(error=LOST, told=told)
     assert raised.value is LOST
@@ -134,13 +134,13 @@ def test_a_rank_that_waits_for_one_that_is_gone_says_so_before_it_is_ended_itsel
 
     seen: list[tuple[str, int, str]] = []
     with job.stop.on_sigterm(600):
-        job.ending.run(train, lambda: 7, lambda: True)
+        job.termination.run(train, lambda: 7, lambda: True)
     assert seen == [("failed", 7, f"rank 1 (pid {job.process.pid} on elsewhere) ended without a word, as after SIGKILL")]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("of its own"), UserError("a mistake")])
 def test_an_error_of_a_job_that_lost_nobody_is_told_as_it_is(job, monkeypatch, error):
-    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    monkeypatch.setattr(termination, "_DETECTION_S", 0.1)
     with pytest.raises(type(error)):
         job.run(error=error, told=False)
     assert job.status == ("failed", 7, str(error))
@@ -148,7 +148,7 @@ def test_an_error_of_a_job_that_lost_nobody_is_told_as_it_is(job, monkeypatch, e
 
 @pytest.mark.parametrize("lost", [False, True])  # torchrun then sends SIGTERM to the rank that is left
 def test_a_start_that_fails_before_it_has_changed_anything_leaves_the_status_of_the_one_before_it(job, monkeypatch, lost):
-    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    monkeypatch.setattr(termination, "_DETECTION_S", 0.1)
     job.directory.write_status("finished", 4, 4)
     before = job.directory.status_file.read_bytes()
     if lost:
@@ -176,7 +176,7 @@ def test_of_a_job_that_lost_rank_0_the_next_rank_says_so(job, told):
 @pytest.mark.parametrize("job", [{"rank": 1}], indirect=True)
 @pytest.mark.parametrize("error", [None, LOST, RequeueError("no server is left")])
 def test_beside_rank_0_no_other_says_how_a_job_ended(job, monkeypatch, error):
-    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    monkeypatch.setattr(termination, "_DETECTION_S", 0.1)
     with nullcontext() if error is None else pytest.raises(type(error)):
         job.run(error=error, told=False)
     assert not job.directory.status_file.exists()
@@ -184,7 +184,7 @@ def test_beside_rank_0_no_other_says_how_a_job_ended(job, monkeypatch, error):
 
 @pytest.mark.parametrize("job", [{"resume": False}], indirect=True)
 def test_a_job_that_may_not_resume_is_not_to_be_started_again(job, monkeypatch):
-    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    monkeypatch.setattr(termination, "_DETECTION_S", 0.1)
     with pytest.raises(RuntimeError, match="closed by peer"):
         job.run(error=LOST, told=True)
     assert job.status[:2] == ("failed", 7)
@@ -194,8 +194,8 @@ def test_a_job_that_may_not_resume_is_not_to_be_started_again(job, monkeypatch):
 def test_a_rank_whose_grace_is_over_leaves_a_job_that_is_to_be_started_again(job, monkeypatch, tmp_path, told):
     monkeypatch.setenv(STATUS_VARIABLE, str(tmp_path / "reported"))
     if told:
-        job.own.stop()
-    assert job.stop._late() == (REQUEUE_EXIT if told else None)
+        job.own.mark_stopped()
+    assert job.stop._on_timeout() == (REQUEUE_EXIT if told else None)
     if told:
         assert job.status[:2] == ("requeue", 4) and "run.stop_grace_s=25" in job.status[2]
         assert read_status(tmp_path / "reported") == Reported(job.status[2], REQUEUE_EXIT)
@@ -209,14 +209,14 @@ def test_a_rank_whose_others_have_ended_to_be_started_again_does_not_call_them_l
         job.run(error=error, told=False)
     assert raised.value is error and job.status == ("requeue", 7, str(error)) and job.other.is_stopped
     job.kill()
-    job.stop._told()
+    job.stop._on_stop()
     assert job.status[0] == "requeue"
 
 
 def test_a_job_that_has_ended_is_not_said_to_have_ended_otherwise(job):
     job.run(error=None, told=False)
-    job.own.stop()
-    assert job.stop._late() is None
-    with pytest.raises(RuntimeError), job.ending.before_a_step():
+    job.own.mark_stopped()
+    assert job.stop._on_timeout() is None
+    with pytest.raises(RuntimeError), job.termination.during_startup():
         raise LOST  # as the servers are stopped
     assert job.status == ("finished", 7, None)

@@ -21,7 +21,7 @@ _NOT_IN_PARALLEL = ("llama", "mistral", "qwen2")
 with `--enable-dp-attention` ranks with different tokens would add up their outputs."""
 
 
-def check_served(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
+def check_sglang_support(model: str, architecture: Architecture, sglang: SglangConfig) -> None:
     """Check that a server can shard the model (with `sglang.fp8` into whole blocks) and supports all its features.
 
     Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
@@ -94,8 +94,8 @@ def _check_fp8_blocks(architecture: Architecture, sglang: SglangConfig) -> None:
     for weight in weights:
         # A parameter that is not split on a server may end with a partial block of rows, as in the published DeepSeek-V3.
         may_end = weight.split == "replicated" and weight is last_of[weight.server]
-        for holding in layout.holdings(weight, architecture):
-            for piece in holding.shard.pieces:
+        for placed in layout.placed_shards(weight, architecture):
+            for piece in placed.shard.pieces:
                 if not _is_whole_blocks(piece.size[may_end:]):
                     shape = " x ".join(map(str, piece.size))
                     way_out = "lower sglang.tp, or raise sglang.ep for experts"

@@ -1,4 +1,4 @@
-"""The chunk loop that all passes through the head share: logits of only one chunk of rows at a time (two with overlap).
+"""The chunk loop that all passes through the LM head share: logits of only one chunk of rows at a time (two with overlap).
 
 One packed all-gather per chunk, 16 bytes per row and rank; on CUDA it overlaps with computing the next chunk's logits.
 """
@@ -28,8 +28,8 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True)
-class Head:
-    """Fixed parameters of a head. temperature: divides the logits. chunk_rows: None chooses by device.
+class HeadConfig:
+    """Settings of a head. temperature: divides the logits. chunk_rows: None chooses by device.
 
     backend: of the row-wise passes; `auto` is `triton` on a CUDA device that it supports, else `torch`.
     overlap: whether the all-gather of a chunk's statistics overlaps with computing the next chunk's logits, which takes memory
@@ -42,7 +42,7 @@ class Head:
     backend: Backend = "auto"
     overlap: bool | None = None
 
-    def rows_on(self, device: torch.device) -> ModuleType:
+    def kernels_on(self, device: torch.device) -> ModuleType:
         """The module with `row_statistics` and `row_gradient`. Raises ValueError if Triton is requested and cannot run."""
         if self.backend == "torch" or (self.backend == "auto" and device.type != "cuda"):
             return torch_rows
@@ -56,9 +56,9 @@ class Head:
         """Rows per chunk for `rows` rows in all, equal on every rank: chunks of nearly equal size, in multiples of `gemm.ROWS`
         within the limit; the last may be smaller."""
         least, most = _CHUNK_ROWS["cpu" if device.type == "cpu" else "cuda"]
-        limit = self.chunk_rows or min(most, max(least, gemm.in_multiples(-(-rows // 4))))
+        limit = self.chunk_rows or min(most, max(least, gemm.round_up_rows(-(-rows // 4))))
         chunks = max(1, -(-rows // limit))
-        return max(1, min(rows, limit, gemm.in_multiples(-(-rows // chunks))))
+        return max(1, min(rows, limit, gemm.round_up_rows(-(-rows // chunks))))
 
     def buffers_on(self, device: torch.device) -> int:
         """Chunks of logits that are alive at the same time."""
@@ -82,10 +82,10 @@ class Chunk:
     log_sum: Tensor
 
 
-class _Travelling:
+class _PendingChunk:
     """A chunk whose all-gather of statistics is in flight."""
 
-    def __init__(self, head: Head, rows: slice, logits: Tensor, targets: Tensor) -> None:
+    def __init__(self, head: HeadConfig, rows: slice, logits: Tensor, targets: Tensor) -> None:
         shard, columns = head.shard, head.shard.columns(targets)
         self._rows, self._logits, self._columns = rows, logits, columns
         local = _statistics(head, logits, columns)
@@ -97,19 +97,19 @@ class _Travelling:
             self._work = dist.all_gather_into_tensor(stacked, local, group=shard.group, async_op=True)
             self._all = stacked.view(shard.ranks, *local.shape)
 
-    def arrived(self) -> Chunk:
+    def wait(self) -> Chunk:
         if self._work is not None:
             self._work.wait()
         return Chunk(self._rows, self._logits, self._columns, *_combine(self._all))
 
 
-def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
+def _statistics(head: HeadConfig, logits: Tensor, columns: Tensor) -> Tensor:
     """This shard's row statistics, fp32 [4, rows] (see `row_statistics`); neutral values if the shard has only padding."""
     if logits.shape[1] == 0:
         nothing = logits.new_zeros(4, len(logits))
         nothing[0] = -torch.inf
         return nothing
-    return head.rows_on(logits.device).row_statistics(logits, columns)
+    return head.kernels_on(logits.device).row_statistics(logits, columns)
 
 
 def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,44 +131,44 @@ def columns_at_a_time(real: int, device: torch.device) -> int:
     return max(1, min(real, _COLUMNS)) if device.type == "cpu" else max(1, real)
 
 
-def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def chunk_logits(head: HeadConfig, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Write the logits of the shard's real columns to `out` [rows, real]; padded columns are not computed and need no mask."""
     return gemm.logits_into(out, hidden, weight[: head.shard.real], 1 / head.temperature)
 
 
-def row_slices(head: Head, hidden: Tensor) -> list[slice]:
+def row_slices(head: HeadConfig, hidden: Tensor) -> list[slice]:
     """The chunks' rows, in order."""
     count = len(hidden)
     step = head.rows_of_chunk(count, hidden.device)
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
-def chunk_buffers(head: Head, slices: list[slice], count: int, device: torch.device) -> Tensor:
+def chunk_buffers(head: HeadConfig, slices: list[slice], count: int, device: torch.device) -> Tensor:
     """fp32 [count, rows of the largest chunk, real], uninitialized, for the logits of the chunks `slices`."""
     return torch.empty(count, slices[0].stop if slices else 0, head.shard.real, dtype=torch.float32, device=device)
 
 
-def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[Chunk]:
+def iterate_chunks(head: HeadConfig, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[Chunk]:
     """All chunks in order. A collective over the shards; every rank must consume every chunk."""
     slices, count = row_slices(head, hidden), head.buffers_on(hidden.device)
     buffers = chunk_buffers(head, slices, count, hidden.device)
-    waiting: _Travelling | None = None
+    waiting: _PendingChunk | None = None
     for number, rows in enumerate(slices):
         out = buffers[number % count, : rows.stop - rows.start]
         logits = chunk_logits(head, hidden[rows], weight, out)
-        now = _Travelling(head, rows, logits, targets[rows])
+        now = _PendingChunk(head, rows, logits, targets[rows])
         if count == 1:
-            yield now.arrived()
+            yield now.wait()
             continue
         if waiting is not None:
-            yield waiting.arrived()
+            yield waiting.wait()
         waiting = now
     if waiting is not None:
-        yield waiting.arrived()
+        yield waiting.wait()
 
 
 def add_gradients(
-    head: Head,
+    head: HeadConfig,
     chunk: Chunk,
     g_logp: Tensor,
     g_entropy: Tensor | None,
@@ -184,7 +184,7 @@ def add_gradients(
     chunk's rows) and grad_weight [Vp/TP, H] or None: fp32, owned by the caller and updated in place.
     In fp32 the gradient overwrites the chunk's logits; in bf16 it is a separate tensor of `columns_at_a_time` columns.
     """
-    scale, passes = 1 / head.temperature, head.rows_on(hidden.device)
+    scale, passes = 1 / head.temperature, head.kernels_on(hidden.device)
     g_logp, g_entropy = g_logp * scale, None if g_entropy is None else g_entropy * scale
     step = columns_at_a_time(head.shard.real, hidden.device)
     operand = None

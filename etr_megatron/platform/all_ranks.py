@@ -1,4 +1,4 @@
-"""Work that all ranks do together. If it fails on one rank, it fails on all."""
+"""Run work on all ranks. If it fails on one rank, it fails on all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from etr_megatron.platform.phases import StopAskedError
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on every rank of the group (None: all), wait for the others and return this rank's result. A collective.
 
     Raises this rank's own error. If only others failed, raises the error of the first of them: a UserError or StopAskedError
@@ -29,20 +29,20 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     except Exception as failed:
         error = failed
     failures: list[Exception | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, None if error is None else for_others(error), group=group)
+    dist.all_gather_object(failures, None if error is None else picklable_error(error), group=group)
     error = error or next((failure for failure in failures if failure is not None), None)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
 
 
-def for_others(error: Exception, *, as_it_is: bool = False) -> Exception:
+def picklable_error(error: Exception, *, keep_class: bool = False) -> Exception:
     """The error in a form that can be pickled and sent to other ranks, which may not be able to import its class.
 
-    as_it_is: keep the error unchanged if its class is a builtin or of this package and it survives pickling, for callers that
+    keep_class: keep the error unchanged if its class is a builtin or of this package and it survives pickling, for callers that
     distinguish errors by class.
     """
-    if as_it_is and _travels(error):
+    if keep_class and _survives_pickling(error):
         return error
     if isinstance(error, UserError):  # first: its cause may be the OSError of a full disk
         return UserError(str(error))
@@ -54,7 +54,7 @@ def for_others(error: Exception, *, as_it_is: bool = False) -> Exception:
     return RuntimeError(f"rank {dist.get_rank()} failed: {error}")
 
 
-def _travels(error: Exception) -> bool:
+def _survives_pickling(error: Exception) -> bool:
     """Whether the error is the same after pickling. It is not if its class takes other arguments than a text."""
     if type(error).__module__.partition(".")[0] not in ("builtins", "etr_megatron"):
         return False

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from etr_megatron import launch, train
-from etr_megatron.checks import check_inputs, check_server_node, nodes_apart, nodes_grouped, starts_servers
+from etr_megatron.checks import check_inputs, check_server_node, dedicated_nodes, nodes_per_server, starts_servers
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.platform.world import Place, place_of
+from etr_megatron.platform.world import NodeRole, node_role
 from etr_megatron.preflight import __main__ as preflight
 
 FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
@@ -28,25 +28,25 @@ def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int |
 def test_the_last_nodes_are_set_apart_and_the_others_are_a_world_without_them(monkeypatch):
     for node, apart in enumerate((None, None, None, 0, 1)):
         torchrun(monkeypatch, nodes=5, processes=4, node=node)
-        assert place_of(2) == Place(12, apart)
-    assert place_of(0) == Place(20, None)
+        assert node_role(2) == NodeRole(12, apart)
+    assert node_role(0) == NodeRole(20, None)
 
 
 def test_without_torchrun_a_process_is_a_world_of_its_own(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert place_of(0) == Place(1, None)
+    assert node_role(0) == NodeRole(1, None)
     with pytest.raises(UserError, match=r"dedicated_nodes=1: the job has 1 node, of which at least one must be left to train"):
-        place_of(1)
+        node_role(1)
 
 
 def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
     torchrun(monkeypatch, nodes=2, processes=4, node=0)
     with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
-        place_of(2)
+        node_role(2)
     torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
     with pytest.raises(UserError, match=r"7 processes on 2 nodes, 4 of them on this node"):
-        place_of(1)
+        node_role(1)
 
 
 def test_where_every_node_has_a_part_of_a_server_of_three_the_nodes_are_a_multiple_of_three(monkeypatch):
@@ -61,14 +61,14 @@ def test_where_every_node_has_a_part_of_a_server_of_three_the_nodes_are_a_multip
         )
     )
     torchrun(monkeypatch, nodes=6, processes=2, node=4)
-    assert place_of(nodes_apart(every), nodes_grouped(every)) == Place(12, None)
+    assert node_role(dedicated_nodes(every), nodes_per_server(every)) == NodeRole(12, None)
     torchrun(monkeypatch, nodes=7, processes=2, node=0)
     with pytest.raises(
         UserError, match=r"^sglang\.nodes_per_server=3: the job has 7 nodes, no multiple of it; start torchrun on"
     ):
-        place_of(nodes_apart(every), nodes_grouped(every))
-    assert place_of(nodes_apart(apart), nodes_grouped(apart)) == Place(8, None)  # four nodes train
-    assert nodes_grouped(embedded) == nodes_grouped(replay) == 1
+        node_role(dedicated_nodes(every), nodes_per_server(every))
+    assert node_role(dedicated_nodes(apart), nodes_per_server(apart)) == NodeRole(8, None)  # four nodes train
+    assert nodes_per_server(embedded) == nodes_per_server(replay) == 1
 
 
 def test_a_job_on_nodes_that_servers_do_not_divide_is_refused_however_it_is_started(monkeypatch, capsys):
@@ -93,7 +93,7 @@ def test_only_the_nodes_set_apart_start_servers(monkeypatch):
         found.append(starts_servers(config))
     assert found == [False, False, True]
     for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
-        assert nodes_apart(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
+        assert dedicated_nodes(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
 
 
 def test_one_machine_cannot_set_itself_apart(capsys):

@@ -22,8 +22,8 @@ from etr_megatron.weights import (
     server_shard,
     weights_of,
 )
-from etr_megatron.weights.layout import Placement, shards_of
-from etr_megatron.weights.plan import Plan, make_plan
+from etr_megatron.weights.layout import WeightLayout, shards_of
+from etr_megatron.weights.reshard import ReshardPlan, make_reshard_plan
 from etr_megatron.weights.shards import box
 
 
@@ -80,7 +80,7 @@ def server_layouts(arch: Architecture) -> list[ServerLayout]:
 
 
 @st.composite
-def problems(draw, *, servers_as_source: bool) -> tuple[Architecture, Placement, Placement]:
+def problems(draw, *, servers_as_source: bool) -> tuple[Architecture, WeightLayout, WeightLayout]:
     """A model and two layouts that it fits into; a server as the source is fused, with repeated key and value heads."""
     arch = draw(architectures())
     training, servers = st.sampled_from(training_layouts(arch)), st.sampled_from(server_layouts(arch))
@@ -98,14 +98,14 @@ def numbered_tensors(arch: Architecture) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def shards(placement: Placement, arch: Architecture, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def shards(placement: WeightLayout, arch: Architecture, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         weight.megatron: read_shard(weight, shard, lambda name, begin, size: box(tensors[name], begin, size))
         for weight, shard in shards_of(placement, arch, rank)
     }
 
 
-def covered(plan: Plan, destination: int) -> dict[str, torch.Tensor]:
+def covered(plan: ReshardPlan, destination: int) -> dict[str, torch.Tensor]:
     """How many transfers fill each element of a destination rank's shards."""
     counts = {
         w.megatron: torch.zeros(s.shape, dtype=torch.int32) for w, s in shards_of(plan.destination, plan.arch, destination)
@@ -123,7 +123,7 @@ def covered(plan: Plan, destination: int) -> dict[str, torch.Tensor]:
 def test_every_element_arrives_exactly_once_and_is_what_the_destination_reads(problem, in_place):
     arch, source, destination = problem
     tensors = numbered_tensors(arch)
-    plan = make_plan(source, destination, arch, destination_start=0 if in_place else None)
+    plan = make_reshard_plan(source, destination, arch, destination_start=0 if in_place else None)
     held = [shards(source, arch, rank, tensors) for rank in range(source.world)]
     for rank in range(destination.world):
         wanted = shards(destination, arch, rank, tensors)
@@ -138,13 +138,13 @@ def test_every_element_arrives_exactly_once_and_is_what_the_destination_reads(pr
             assert torch.equal(count, (wanted[name] > 0).int())
 
 
-def sent_by_replicas(plan: Plan, itemsize: int) -> dict[tuple[int, ...], dict[int, int]]:
+def sent_by_replicas(plan: ReshardPlan, itemsize: int) -> dict[tuple[int, ...], dict[int, int]]:
     """Ranks that hold the same shards -> bytes of those shards that each of them sends to other processes."""
     replicas = {}
     for weight in weights_of(plan.arch):
-        for holding in plan.source.holdings(weight, plan.arch):
-            for rank in holding.ranks:
-                replicas[weight.megatron, rank] = holding.ranks
+        for placed in plan.source.placed_shards(weight, plan.arch):
+            for rank in placed.ranks:
+                replicas[weight.megatron, rank] = placed.ranks
     sent: dict[tuple[int, ...], dict[int, int]] = {}
     for (source, destination), transfers in plan.pairs.items():
         for transfer in transfers if not plan.is_local(source, destination) else ():
@@ -157,7 +157,7 @@ def sent_by_replicas(plan: Plan, itemsize: int) -> dict[tuple[int, ...], dict[in
 @settings(max_examples=40, deadline=None)
 def test_no_replica_sends_more_than_1_1_times_the_mean(problem):
     arch, source, destination = problem
-    plan = make_plan(source, destination, arch)
+    plan = make_reshard_plan(source, destination, arch)
     largest_row = 2 * max(shape[-1] for weight in weights_of(arch) for shape in weight.shapes if len(shape) == 2)
     for ranks, loads in sent_by_replicas(plan, 2).items():
         mean = sum(loads.values()) / len(ranks)
@@ -176,7 +176,7 @@ def test_no_replica_sends_more_than_1_1_times_the_mean(problem):
 )
 def test_replicas_of_a_real_size_are_within_1_1_of_the_mean_without_allowance(source, destination):
     arch = architecture(hidden_size=64, head_dim=16, intermediate_size=160, vocab_size=3001, family="llama")
-    for loads in sent_by_replicas(make_plan(source, destination, arch), 2).values():
+    for loads in sent_by_replicas(make_reshard_plan(source, destination, arch), 2).values():
         assert max(loads.values()) <= 1.1 * sum(loads.values()) / len(loads)
 
 
@@ -196,7 +196,7 @@ REAL = dict(family="qwen3", hidden_size=4096, heads=32, kv_heads=8, head_dim=128
 def test_replicas_of_a_large_model_are_within_1_1_of_the_mean_in_blocks_and_in_place(source, destination, start, fp8_block):
     """What a process already holds is not counted."""
     arch = architecture(**REAL, layers=8)
-    plan = make_plan(source, destination, arch, destination_start=start, fp8_block=fp8_block)
+    plan = make_reshard_plan(source, destination, arch, destination_start=start, fp8_block=fp8_block)
     loads = list(sent_by_replicas(plan, 2).values())
     assert loads
     for sent in loads:
@@ -205,20 +205,20 @@ def test_replicas_of_a_large_model_are_within_1_1_of_the_mean_in_blocks_and_in_p
 
 def test_an_embedding_larger_than_a_replicas_share_is_cut():
     arch = architecture(layers=1, vocab_size=4000, tied_embeddings=True)
-    plan = make_plan(TrainingLayout(dp=4), ServerLayout(), arch)
+    plan = make_reshard_plan(TrainingLayout(dp=4), ServerLayout(), arch)
     rows = [t.size[0] for pair in plan.pairs.values() for t in pair if t.weight.split == "vocab"]
     assert sum(rows) == 4000 and len(rows) >= 4
 
 
 def test_a_destination_gets_its_share_from_few_of_many_replicas():
     """Two servers, two replicas: each server takes nearly everything from one of them."""
-    plan = make_plan(TrainingLayout(dp=2), ServerLayout(servers=2), architecture())
+    plan = make_reshard_plan(TrainingLayout(dp=2), ServerLayout(servers=2), architecture())
     total = {pair: sum(plan.bytes(t, 2) for t in transfers) for pair, transfers in plan.pairs.items()}
     largest = sorted(total.values(), reverse=True)
     assert sum(largest[:2]) >= 0.95 * sum(largest)
 
 
-def bytes_sent(plan: Plan) -> int:
+def bytes_sent(plan: ReshardPlan) -> int:
     """Bytes between processes, in bf16."""
     remote = (transfers for pair, transfers in plan.pairs.items() if not plan.is_local(*pair))
     return sum(plan.bytes(transfer, 2) for transfers in remote for transfer in transfers)
@@ -226,10 +226,10 @@ def bytes_sent(plan: Plan) -> int:
 
 def test_in_place_what_a_process_holds_is_not_sent():
     arch = architecture()
-    plan = make_plan(TrainingLayout(tp=2, dp=2), TrainingLayout(tp=2, pp=2), arch, destination_start=0)
+    plan = make_reshard_plan(TrainingLayout(tp=2, dp=2), TrainingLayout(tp=2, pp=2), arch, destination_start=0)
     assert plan.processes == 4
     assert bytes_sent(plan) == 0
-    apart = make_plan(TrainingLayout(tp=2, dp=2), TrainingLayout(tp=2, pp=2), arch)
+    apart = make_reshard_plan(TrainingLayout(tp=2, dp=2), TrainingLayout(tp=2, pp=2), arch)
     assert apart.processes == 8
     elements = sum(prod(p.size) for rank in range(4) for _, s in shards_of(apart.destination, arch, rank) for p in s.pieces)
     assert bytes_sent(apart) == 2 * elements
@@ -237,25 +237,25 @@ def test_in_place_what_a_process_holds_is_not_sent():
 
 def test_equal_cuts_make_one_box_of_a_shard():
     """Query groups that lie in the same order on both sides are not copied piece by piece."""
-    plan = make_plan(TrainingLayout(tp=2), TrainingLayout(tp=2, pp=2), architecture())
+    plan = make_reshard_plan(TrainingLayout(tp=2), TrainingLayout(tp=2, pp=2), architecture())
     for pair in plan.pairs.values():
         names = [t.weight.megatron for t in pair if t.weight.split == "qkv"]
         assert len(set(names)) == len(names) > 0
 
 
 def printed_plan() -> str:
-    plan = make_plan(TrainingLayout(tp=2, pp=2, dp=3), ServerLayout(tp=4, servers=2), architecture())
+    plan = make_reshard_plan(TrainingLayout(tp=2, pp=2, dp=3), ServerLayout(tp=4, servers=2), architecture())
     return str([(pair, [(t.weight.megatron, *t[3:]) for t in ts]) for pair, ts in plan.pairs.items()])
 
 
 def test_the_plan_is_the_same_in_every_process(gangs):
     """String hashes differ between processes."""
-    assert set(gangs(2).run("tests.test_plan:printed_plan")) == {printed_plan()}
+    assert set(gangs(2).run("tests.test_reshard_plan:printed_plan")) == {printed_plan()}
 
 
 def test_fp8_boxes_are_whole_blocks_and_cost_a_byte_an_element_and_scales():
     arch = architecture(hidden_size=256, intermediate_size=1024, head_dim=128, family="llama")
-    plan = make_plan(TrainingLayout(tp=2, dp=2), ServerLayout(tp=4, servers=2), arch, fp8_block=128)
+    plan = make_reshard_plan(TrainingLayout(tp=2, dp=2), ServerLayout(tp=4, servers=2), arch, fp8_block=128)
     seen = 0
     for transfers in plan.pairs.values():
         for t in transfers:
@@ -283,16 +283,16 @@ def test_cuts_through_fp8_blocks_are_refused_by_name(changes, destination, messa
     """In the last case the up matrix follows a gate that does not end at a block boundary."""
     sizes = dict(hidden_size=256, intermediate_size=1024, head_dim=128, family="llama")
     with pytest.raises(UserError, match=message + " of a shard are not whole FP8 blocks of 128"):
-        make_plan(TrainingLayout(), ServerLayout(tp=destination), architecture(**{**sizes, **changes}), fp8_block=128)
+        make_reshard_plan(TrainingLayout(), ServerLayout(tp=destination), architecture(**{**sizes, **changes}), fp8_block=128)
 
 
 def test_a_source_that_lacks_a_part_is_refused():
     class Half(TrainingLayout):
-        def holdings(self, weight, arch):
-            return super().holdings(weight, arch)[:1]
+        def placed_shards(self, weight, arch):
+            return super().placed_shards(weight, arch)[:1]
 
     with pytest.raises(ValueError, match=r"embed_tokens\.weight: the source does not hold rows"):
-        make_plan(Half(tp=2), ServerLayout(), architecture())
+        make_reshard_plan(Half(tp=2), ServerLayout(), architecture())
 
 
 def test_the_holdings_of_layers_that_are_cut_alike_are_worked_out_once_and_right():
@@ -301,5 +301,5 @@ def test_the_holdings_of_layers_that_are_cut_alike_are_worked_out_once_and_right
         arch = architecture(**changes)
         for weight in weights_of(arch):
             for layout, cut in ((TrainingLayout(tp=2), megatron_shard), (ServerLayout(tp=2), server_shard)):
-                found = {rank: h.shard for h in layout.holdings(weight, arch) for rank in h.ranks}
+                found = {rank: h.shard for h in layout.placed_shards(weight, arch) for rank in h.ranks}
                 assert found == {rank: cut(weight, arch, 2, rank) for rank in (0, 1)}

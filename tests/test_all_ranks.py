@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from etr_megatron.errors import UserError
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.platform.job_store import job_store, own_connection
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.platform.together import together
 
 
 class OddError(Exception):
@@ -51,7 +51,7 @@ def attempt(failing: dict[int, str], members: tuple[int, ...] = ()) -> tuple[str
         return 10 * rank
 
     try:
-        return together(work, group)
+        return on_all_ranks(work, group)
     except Exception as error:
         return type(error).__name__, str(error)
 
@@ -82,9 +82,9 @@ def test_in_a_group_only_its_ranks_wait_for_and_fail_with_each_other(gangs):
 
 
 def test_without_other_ranks_work_is_only_done():
-    assert together(lambda: 5) == 5
+    assert on_all_ranks(lambda: 5) == 5
     with pytest.raises(OddError, match="strange"):
-        together(lambda: fail("odd"))
+        on_all_ranks(lambda: fail("odd"))
 
 
 def messages(word: str) -> tuple[str, bool]:

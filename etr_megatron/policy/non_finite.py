@@ -13,17 +13,17 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.errors import UserError
 from etr_megatron.objective import LossInputs
-from etr_megatron.platform.together import together
+from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
 
 
-class RowWatch:
+class NonFiniteDetector:
     """Looks for NaN and infinity in a policy loss, its inputs, and its gradients with respect to log-prob and entropy.
 
     One per microbatch and rank. Gradients of a token-local loss arrive chunk by chunk inside the head; gradients of other
     losses arrive in Megatron's backward pass. Reading a value would make the host wait for the device, so everything is only
-    marked on the device; `refuse_not_finite` reads the marks of all microbatches at once.
+    flagged on the device; `check_finite` reads the flags of all microbatches at once.
     """
 
     def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
@@ -37,23 +37,23 @@ class RowWatch:
         """Watch the gradients of these rows' values."""
         for place, values in enumerate((logp, entropy)):
             if values.requires_grad:
-                values.register_hook(partial(self._mark, place, rows))
+                values.register_hook(partial(self._flag_gradient, place, rows))
 
-    def _mark(self, place: int, rows: slice, gradient: Tensor | None) -> None:
+    def _flag_gradient(self, place: int, rows: slice, gradient: Tensor | None) -> None:
         if gradient is not None:  # autograd calls the hook even if the loss does not depend on it
             self._broken[place, rows] = ~torch.isfinite(gradient)
 
-    def see(self, inputs: LossInputs, loss: Tensor) -> None:
+    def record(self, inputs: LossInputs, loss: Tensor) -> None:
         """Watch all rows of the microbatch, the policy's values filled in, and the loss, a scalar. Both are kept, detached."""
         self._inputs = {name: values.detach() for name, values in inputs.row_tensors().items()}
         self._value = loss.detach()
 
-    def marks(self) -> Tensor:
+    def flags(self) -> Tensor:
         """bool [3] on the device: whether an input, a gradient and the loss are not finite."""
         inputs = torch.stack([*self._inputs.values()]) if self._inputs else self._value
         return torch.stack([~torch.isfinite(inputs).all(), self._broken.any(), ~torch.isfinite(self._value)])
 
-    def refuse(self) -> None:
+    def raise_error(self) -> None:
         """Raise the error of what is not finite: first an input, then a gradient, then the loss."""
         named = self._inputs  # empty if the microbatch was not completed
         broken = ~torch.isfinite(torch.stack([*named.values()])) if named else torch.zeros(1, 0, dtype=torch.bool)
@@ -82,27 +82,27 @@ class RowWatch:
         return f"position {position} in the response of sample {self._batch.names[sample]}, on rank {self._rank}"
 
 
-def any_not_finite(watches: Sequence[RowWatch]) -> Tensor:
-    """int32 scalar on the rank's device: 1 if one of the watches has seen NaN or infinity. Reads nothing from the device."""
-    if not watches:
+def any_non_finite(detectors: Sequence[NonFiniteDetector]) -> Tensor:
+    """int32 scalar on the rank's device: 1 if one of the detectors has seen NaN or infinity. Reads nothing from the device."""
+    if not detectors:
         return torch.zeros((), dtype=torch.int32, device=platform.device())
-    return torch.stack([one.marks() for one in watches]).any().int()
+    return torch.stack([one.flags() for one in detectors]).any().int()
 
 
-def refuse_not_finite(watches: Sequence[RowWatch]) -> None:
-    """Raise if one of the watches has seen NaN or infinity, for the first that has; reads once from the device.
+def check_finite(detectors: Sequence[NonFiniteDetector]) -> None:
+    """Raise if one of the detectors has seen NaN or infinity, for the first that has; reads once from the device.
 
     A custom loss that turns finite inputs into a non-finite result raises UserError, anything else FloatingPointError. The
     error names the input, the sample, the token's position in the response (from 0) and the rank.
     """
-    if not watches:
+    if not detectors:
         return
-    for watch, is_broken in zip(watches, torch.stack([one.marks() for one in watches]).any(1).tolist(), strict=True):
+    for detector, is_broken in zip(detectors, torch.stack([one.flags() for one in detectors]).any(1).tolist(), strict=True):
         if is_broken:
-            watch.refuse()
+            detector.raise_error()
 
 
-def refuse_gradients_not_finite(chunks: Sequence[DistributedDataParallel]) -> None:
+def check_gradients_finite(chunks: Sequence[DistributedDataParallel]) -> None:
     """Raise RuntimeError on every rank if a rank's reduced gradients are not finite, with the name of the first. A collective;
     reads once from the device.
 
@@ -116,11 +116,11 @@ def refuse_gradients_not_finite(chunks: Sequence[DistributedDataParallel]) -> No
         is_broken = (~torch.isfinite(torch.stack(norms))).any().int()
     dist.all_reduce(is_broken, op=dist.ReduceOp.MAX)
     if is_broken.item():
-        together(lambda: _refuse_gradients(chunks))
+        on_all_ranks(lambda: _raise_gradient_error(chunks))
         raise RuntimeError("the norm of the weights' gradients is not finite")
 
 
-def _refuse_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+def _raise_gradient_error(chunks: Sequence[DistributedDataParallel]) -> None:
     for chunk in chunks:
         for name, parameter in chunk.module.named_parameters():
             gradient = getattr(parameter, "main_grad", None)

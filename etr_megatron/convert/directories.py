@@ -12,13 +12,13 @@ from etr_megatron.platform.files import refuse_all
 from etr_megatron.weights import read_architecture
 
 
-def refuse_mistaken(ranks: Ranks, *, hf: Path | None = None, megatron: Path | None = None, out: Path | None = None) -> None:
+def check_directories(ranks: Ranks, *, hf: Path | None = None, megatron: Path | None = None, out: Path | None = None) -> None:
     """Raise one UserError for all of these that are invalid. A collective; only config.json is read."""
-    looks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = []
     if hf is not None:
-        looks.append(lambda: read_architecture(hf, named="--hf"))
+        checks.append(lambda: read_architecture(hf, named="--hf"))
     if megatron is not None:
-        looks.append(lambda: refuse_no_directory(megatron))
+        checks.append(lambda: refuse_no_directory(megatron))
     if out is not None:
-        looks.append(lambda: refuse_existing(out))
-    ranks.together(lambda: refuse_all(*looks))
+        checks.append(lambda: refuse_existing(out))
+    ranks.on_all_ranks(lambda: refuse_all(*checks))

@@ -11,7 +11,7 @@ import pytest
 
 from etr_megatron.config import Config, RolloutConfig, SglangConfig
 from etr_megatron.errors import UserError
-from etr_megatron.served import check_served
+from etr_megatron.sglang_support import check_sglang_support
 from etr_megatron.weights import Architecture, Experts, LatentAttention
 from tests.test_checks import config, refusal, with_model
 
@@ -106,13 +106,13 @@ def test_fp8_servers_hold_latents_that_end_within_a_block_but_no_head_that_does(
     for tp in tps:
         if arch is FLASH and tp == 4:  # five heads of 448 rows
             with pytest.raises(UserError, match=r"kv_b_proj\.weight is split into parts of 2240 x 512 .*; lower sglang\.tp"):
-                check_served("m", arch, SglangConfig(tp=tp, fp8=True))
+                check_sglang_support("m", arch, SglangConfig(tp=tp, fp8=True))
         else:
-            check_served("m", arch, SglangConfig(tp=tp, fp8=True))
-        check_served("m", arch, SglangConfig(tp=tp, dp_attention=tp, fp8=True))  # heads are not split
+            check_sglang_support("m", arch, SglangConfig(tp=tp, fp8=True))
+        check_sglang_support("m", arch, SglangConfig(tp=tp, dp_attention=tp, fp8=True))  # heads are not split
     with pytest.raises(UserError, match=r"; lower sglang\.tp, or raise .* or sglang\.dp_attention for attention$"):
-        check_served("m", replace(FLASH, intermediate_size=1536), SglangConfig(tp=12, dp_attention=3, fp8=True))
+        check_sglang_support("m", replace(FLASH, intermediate_size=1536), SglangConfig(tp=12, dp_attention=3, fp8=True))
     narrow = replace(arch, latent=replace(arch.latent, q_rank=700))
     with pytest.raises(UserError, match=re.escape("q_a_proj.weight is split into parts of 700 x ")):
-        check_served("m", narrow, SglangConfig(fp8=True))
-    check_served("m", narrow, SglangConfig())
+        check_sglang_support("m", narrow, SglangConfig(fp8=True))
+    check_sglang_support("m", narrow, SglangConfig())

@@ -1,11 +1,11 @@
 """Plans which rank sends which part of a weight to which rank, from two layouts. Pure arithmetic, the same on every rank.
 
-plan = make_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
+plan = make_reshard_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
 for transfer in plan.pairs[(source_rank, destination_rank)]: ...
 
 The boxes of an HF tensor that a destination needs are intersected with the boxes that every source holds. This is computed once
 for all weights that are cut alike, and reused for every layer. Boxes that are adjacent on both sides are merged. Replicas share
-the work, see `make_plan`.
+the work, see `make_reshard_plan`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.file_tensor import Index
-from etr_megatron.weights.layout import Holding, Placement
+from etr_megatron.weights.layout import PlacedShard, WeightLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.quantize import scale_shape
 from etr_megatron.weights.shards import Piece, Shard, moved, overlap
@@ -42,15 +42,15 @@ class Transfer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReshardPlan:
     """All transfers of a sync.
 
     pairs: (source rank, destination rank) -> transfers, in the model's order. Source rank r is process r, destination rank r is
     process destination_start + r. fp8_block: rows and columns of a block where the destination holds quantised weights.
     """
 
-    source: Placement
-    destination: Placement
+    source: WeightLayout
+    destination: WeightLayout
     arch: Architecture
     destination_start: int
     fp8_block: int | None
@@ -73,7 +73,7 @@ class Plan:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
         return _box_bytes(transfer.size, 4 if transfer.weight.fp32 else itemsize, self.block_of(transfer.weight))
 
-    def split(self, parts: Sequence[Collection[str]]) -> list[Plan]:
+    def split(self, parts: Sequence[Collection[str]]) -> list[ReshardPlan]:
         """The transfers of each part's weights (`Weight.megatron`); a weight is in at most one part."""
         part_of = {name: number for number, names in enumerate(parts) for name in names}
         found: list[dict[tuple[int, int], list[Transfer]]] = [defaultdict(list) for _ in parts]
@@ -113,7 +113,7 @@ class _Box:
 class _Job(NamedTuple):
     """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there).
 
-    number: position of the weight in the model's order. block: see `Plan.block_of`.
+    number: position of the weight in the model's order. block: see `ReshardPlan.block_of`.
     """
 
     number: int
@@ -136,11 +136,13 @@ def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: I
             )
 
 
-def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Holding], fp8_block: int | None) -> Iterator[_Box]:
+def _piece_boxes(
+    weight: Weight, shard: int, piece: Piece, source: Sequence[PlacedShard], fp8_block: int | None
+) -> Iterator[_Box]:
     """The parts of a destination's piece that the sources hold. Raises ValueError when they do not make up all of it."""
     found: dict[tuple[Index, Index], list[tuple[int, Index]]] = {}
-    for number, holding in enumerate(source):
-        for held in holding.shard.pieces:
+    for number, placed in enumerate(source):
+        for held in placed.shard.pieces:
             common = overlap(piece.begin, piece.size, held.begin, held.size) if held.hf == piece.hf else None
             if common:
                 found.setdefault(common, []).append((number, moved(held.at, common[0], held.begin)))
@@ -153,11 +155,13 @@ def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Hold
         yield _Box(shard, at, size, tuple(found[begin, size]))
 
 
-def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Holding], fp8_block: int | None) -> list[_Box]:
+def _boxes(
+    weight: Weight, source: Sequence[PlacedShard], destination: Sequence[PlacedShard], fp8_block: int | None
+) -> list[_Box]:
     """All boxes of a weight, merged where possible."""
     merged: list[_Box] = []
-    for number, holding in enumerate(destination):
-        for piece in holding.shard.pieces:
+    for number, placed in enumerate(destination):
+        for piece in placed.shard.pieces:
             for box in _piece_boxes(weight, number, piece, source, fp8_block):
                 if merged and box.follows(merged[-1]):
                     last = merged.pop()
@@ -166,11 +170,11 @@ def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Hold
     return merged
 
 
-def _jobs(source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None) -> Iterator[_Job]:
+def _jobs(source: WeightLayout, destination: WeightLayout, arch: Architecture, fp8_block: int | None) -> Iterator[_Job]:
     """Every box that every destination rank needs."""
     known: dict[tuple[object, ...], tuple[list[Shard], list[Shard], list[_Box]]] = {}
     for number, weight in enumerate(weights_of(arch)):
-        held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
+        held, needed = source.placed_shards(weight, arch), destination.placed_shards(weight, arch)
         shards = [h.shard for h in held], [h.shard for h in needed]
         block = fp8_block if weight.fp8 else None
         key = (weight.split, weight.shapes, weight.expert is None, block)
@@ -229,15 +233,15 @@ def _parts(size: Index, box_bytes: int, limit: float, ranks: int, step: int) -> 
         yield row, min(per_part, rows - row)
 
 
-def make_plan(
-    source: Placement,
-    destination: Placement,
+def make_reshard_plan(
+    source: WeightLayout,
+    destination: WeightLayout,
     arch: Architecture,
     *,
     destination_start: int | None = None,
     itemsize: int = 2,
     fp8_block: int | None = None,
-) -> Plan:
+) -> ReshardPlan:
     """Plan the transfer of all weights of `arch` between two layouts.
 
     destination_start: process of the destination's rank 0; default is the one after the source's ranks. With 0 the destination
@@ -266,8 +270,8 @@ def _no_collection() -> Iterator[None]:
 
 
 def _plan(
-    source: Placement, destination: Placement, arch: Architecture, start: int, itemsize: int, fp8_block: int | None
-) -> Plan:
+    source: WeightLayout, destination: WeightLayout, arch: Architecture, start: int, itemsize: int, fp8_block: int | None
+) -> ReshardPlan:
     assignment = _Assignment(source.world, itemsize)
     shared: dict[tuple[int, ...], list[_Job]] = defaultdict(list)
     for job in _jobs(source, destination, arch, fp8_block):
@@ -281,4 +285,4 @@ def _plan(
         pair: tuple(transfer for _, transfer in sorted(found, key=lambda one: (one[0], one[1].destination_at)))
         for pair, found in sorted(assignment.pairs.items())
     }
-    return Plan(source, destination, arch, start, fp8_block, pairs)
+    return ReshardPlan(source, destination, arch, start, fp8_block, pairs)
