@@ -24,7 +24,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import Sampling, StreamingSampler, rank0
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.sglang import Serving, SglangEngine
+from etr_megatron.rollout.sglang import Serving, SglangEngine, server, sharded_sender
 from etr_megatron.rollout.sglang.senders import WholeSender
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
@@ -226,12 +226,16 @@ def _gaps_by_version(
 
 @contextmanager
 def hanging(engine: SglangEngine, name: str) -> Iterator[None]:
-    """A short deadline for the server `name` (if not empty), which hangs at its second bucket. Not in a sharded sync, where a
-    server has the deadline of the ranks."""
+    """A short deadline for the server `name` (if not empty), which hangs at its second bucket. In a sharded sync its weights
+    have the deadline of the ranks; what it is asked after that has the short one, and so has the end of its part."""
     with ExitStack() as deadline:
-        if engine._control is not None and name and not isinstance(engine._sender, ShardedSender):
+        if engine._control is not None and name:
             (client,) = (client for client in engine._control.fleet.clients if client.name == name)
-            deadline.enter_context(impatient_with(client, 5.0, broadcast=1))
+            routes = None
+            if isinstance(engine._sender, ShardedSender):
+                routes = ("/server_info", "/end_weight_update", "/continue_generation")
+                deadline.enter_context(mock.patch.object(sharded_sender, "_GRACE_S", 4.0))
+            deadline.enter_context(impatient_with(client, 2.0, broadcast=1, routes=routes))
         yield
 
 
@@ -276,10 +280,12 @@ def _fake_sync(policy: Any, model: str, directory: str, versions: Sequence[int],
 
 @contextmanager
 def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
-    """Behaviour of fake servers that this process starts in this context."""
+    """Behaviour of fake servers that this process starts in this context. They end when they are told to, so one that does not
+    at once, because it has been stopped, is given no more time."""
     os.environ["FAKE_SGLANG"] = json.dumps(behaviour)
     try:
-        yield
+        with mock.patch.object(server, "_GRACE_S", 1.0):
+            yield
     finally:
         del os.environ["FAKE_SGLANG"]
 
