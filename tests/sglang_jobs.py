@@ -74,13 +74,14 @@ def gaps(
     **settings: Any,
 ) -> dict[str, Any]:
     """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between;
-    bytes that this rank sent in the second one, if sharded. served: the model that a server is started with, if not `model`.
-    address: of every rank's node, if each is to have its own."""
+    bytes that this rank sent in the second one, if sharded. With `routing`, also the tokens of prompt and response of the
+    samples after the first sync, and the experts that the server reports for them. served: the model that a server is started
+    with, if not `model`. address: of every rank's node, if each is to have its own."""
     policy = build(model, [*overrides, "train.lr=0.01", f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address) if address is not None else nullcontext():
         engine = engine_of(policy, served or model, directory, **settings)
     try:
-        return _gaps(policy, engine, prompts)
+        return _gaps(policy, engine, prompts, settings.get("routing", False))
     finally:
         engine.close()
 
@@ -94,40 +95,24 @@ def generated(engine: SglangEngine, prompts: list[list[int]], sampling: Sampling
     return on_rank0(lambda: found)
 
 
-def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[str, Any]:
+def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]], routing: bool) -> dict[str, Any]:
     found, sent = [], []
+    routed: list[tuple[list[int], list[int]]] = []
     for version in (1, 2):
         engine.update_weights(policy.export(), version=version)
         sender = engine._sender
         sent.append(sender._transport.wire.bytes_sent if isinstance(sender, ShardedSender) else 0)
-        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
+        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95, routing=routing))
         samples = [sample for group in groups for sample in group]
         assert all(sample.weight_version == version for sample in samples)
         sequences = [(prompts[i // 2], sample.response_ids) for i, sample in enumerate(samples)]
+        routed = routed or [([*prompts[i // 2], *one.response_ids], one.routing.tolist()) for i, one in enumerate(samples)]
         trainer = policy.logprobs(sequences).logp
         served = [torch.tensor(sample.rollout_logprobs) for sample in samples]
         found.append(max((a - b).abs().max().item() for a, b in zip(trainer, served, strict=True)))
         engine.release()
         policy.update(replace(make_batch(sequences), old_logp=trainer))
-    return {"gaps": found, "bytes": sent[1] - sent[0]}
-
-
-def routed(
-    model: str, directory: str, prompts: list[list[int]], overrides: list[str], **settings: Any
-) -> list[tuple[list[int], list[int]]]:
-    """Tokens of prompt and response of two samples per prompt, and the experts that the server reports for them."""
-    policy = build(model, [*overrides, f"rollout.temperature={TEMPERATURE}"])
-    engine = engine_of(policy, model, directory, **settings)
-    try:
-        engine.update_weights(policy.export(), version=1)
-        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=1, routing=True))
-    finally:
-        engine.close()
-    return [
-        ([*prompt, *sample.response_ids], sample.routing.tolist())
-        for prompt, group in zip(prompts, groups, strict=True)
-        for sample in group
-    ]
+    return {"gaps": found, "bytes": sent[1] - sent[0], "routed": routed}
 
 
 def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
