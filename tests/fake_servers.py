@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,11 +78,13 @@ def _complete_patiently(complete: Callable[..., Any], body: Any, _: float) -> An
 
 
 @contextlib.contextmanager
-def impatient_with(client: Any, seconds: float, broadcast: int | None = None) -> Iterator[None]:
+def impatient_with(
+    client: Any, seconds: float, broadcast: int | None = None, routes: Sequence[str] | None = None
+) -> Iterator[None]:
     """A short deadline for requests to this server, which hangs; those to the others, which are well, keep the test's own.
 
     broadcast: number, from 0, of the broadcast of weights that it does not join. It gets the same deadline, because gloo does
-    not end a broadcast that is under way when its group is closed.
+    not end a broadcast that is under way when its group is closed. routes: all requests if None, else only these.
     """
     from torch.distributed import distributed_c10d as c10d
 
@@ -91,6 +93,8 @@ def impatient_with(client: Any, seconds: float, broadcast: int | None = None) ->
     request, send, numbers = client._request, UpdateGroup.broadcast, itertools.count()
 
     def limited(method: str, route: str, body: Any, timeout_s: float | None) -> Any:
+        if routes is not None and route not in routes:
+            return request(method, route, body, timeout_s)
         assert timeout_s is None or timeout_s <= 120.0  # it had a deadline of its own, the longest of all tests'
         return request(method, route, body, timeout_s and min(timeout_s, seconds))
 

@@ -15,10 +15,11 @@ import torch
 
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling
+from etr_megatron.rollout.sglang import hosts, server
 from etr_megatron.rollout.sglang.client import ServerError
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.types import Problem
-from tests.fake_servers import patient_with
+from tests.fake_servers import impatient_with, patient_with
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
 from tests.sglang_jobs import TEMPERATURE, behaving, engine_of, on_first_request, states_of, sums_of
@@ -41,17 +42,19 @@ def killed_between(model: str, directory: str, how: str, **settings: Any) -> dic
         engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
         engine.update_weights(policy.export(), 1)
-        if engine._control is not None:
-            patient_with(engine._control.fleet.clients[1:])
-            fails_soon(engine._control, how)
+        assert engine._control is not None
+        first, *others = engine._control.fleet.clients
+        patient_with(others)
+        fails_soon(engine._control, how)
         problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
         sampling, failed = Sampling((1, 3) * 15, 5, 1.0, seed=1, step=1), {}
         try:
-            engine.generate(problems, sampling)
+            with impatient_with(first, 2.0):
+                engine.generate(problems, sampling)
         except NeedsSyncError:
-            failed = engine._control.fleet.failed if engine._control is not None else {}
+            failed = engine._control.fleet.failed
             engine.update_weights(policy.export(), 1)
-            patient_with(engine._control.fleet.clients[:1] if engine._control is not None else ())  # it is well again
+            patient_with([first])  # it is well again
         groups = engine.generate(problems, sampling)
         engine.update_weights(policy.export(), 2)
         states = states_of(engine)
@@ -125,7 +128,8 @@ def failed_between(model: str, directory: str, **settings: Any) -> list[tuple[st
             engine._control.fleet.mark_failed(client, "completed no response")
         engine._control.mark_failed(client.name, "has other weights")
         engine._control.mark_failed("SGLang server 1", "has other weights")  # now all are to be started again
-        with pytest.raises(StopAskedError):
+        not_yet = mock.patch.object(hosts, "_answers", lambda url: False)  # however quick they are
+        with pytest.raises(StopAskedError), not_yet:
             engine.update_weights(policy.export(), 5, must_stop=lambda: True)
         return found[1:]
     finally:
@@ -168,7 +172,7 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
     The second is killed in the sync after that, and the first with requests under way after it. Returns what was generated,
     what failed and when, whether servers require a key, and log-prob gaps after the sync."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
-    with as_a_node_at(address):
+    with as_a_node_at(address), mock.patch.object(server, "_GRACE_S", 3.0):  # one that is stopped ends after that
         engine = engine_of(policy, model, directory, nodes="every", **settings)
     tokens = 240
 

@@ -1,11 +1,10 @@
-"""Jobs of a sampler whose responses have several turns, on SGLang servers; processes that call `reply` are the environment."""
+"""Jobs of a sampler whose responses have several turns, on SGLang servers; processes of their own are the environment."""
 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +24,8 @@ from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.rollout.stops import StopStrings
 from etr_megatron.types import Message, Problem
-from tests.fake_servers import patient_with
+from tests.dialogue_functions import words
+from tests.fake_servers import impatient_with, patient_with
 from tests.graders import Graders
 from tests.policy_jobs import build, make_batch
 from tests.sglang_comeback_jobs import fails_soon
@@ -37,28 +37,12 @@ STOPS = tuple(letters([token]) for token in (10, 20, 30, 40))
 """Texts that end a turn of a fake server, whose responses count on from the last token."""
 
 
-def reply(messages: list[Message], answer: str, columns: dict[str, Any]) -> str | None:
-    """One to three turns, by the problem's number, and replies of one or two tokens."""
-    number, turn = int(answer), sum(message["role"] == "assistant" for message in messages)
-    time.sleep(0.05 * (zlib.crc32(messages[-1]["content"].encode()) % 3))
-    return None if turn > number % 3 else words(tokens_of(number, turn))
-
-
-def tokens_of(number: int, turn: int) -> list[int]:
-    """The reply to a turn."""
-    return [11 + 10 * ((number + turn) % 3), 2 + number % 7 + 10 * (turn % 4)][: 1 + (number + turn) % 2]
-
-
-def words(ids: Sequence[int]) -> str:
-    return " ".join(map(str, ids))
-
-
 def config_of(steps: int, rollout: Mapping[str, Any], routing: bool = False) -> Config:
     return Config(
         run=RunConfig(steps=steps),
         rollout=RolloutConfig(**{"samples_per_prompt": 2, "temperature": TEMPERATURE, "backend": "sglang", **rollout}),
         train=TrainConfig(routing_replay=routing),
-        environment=EnvironmentConfig(function=f"{__name__}:reply", workers=3, max_turns=3),
+        environment=EnvironmentConfig(function="tests.dialogue_functions:by_number", workers=3, max_turns=3),
         eval=EvalConfig(samples=2, temperature=TEMPERATURE),
     )
 
@@ -91,18 +75,20 @@ def lost_in_dialogues(
     """Steps of a sampler on two fake servers of the job, with a sync before each; in the second step or soon after, the first
     server dies or stops (`how`). Returns the steps' weight versions, groups and counts, and what failed."""
     config, found = config_of(steps, rollout), {"steps": [], "failed": {}}
-    with behaving({"tokens_per_s": 300, "odd_tokens_per_s": 100}), dialogues_of(config) as dialogues:
+    behaviour = {"tokens_per_s": 300, "odd_tokens_per_s": 100}
+    with behaving(behaviour), dialogues_of(config) as dialogues, ExitStack() as until_its_end:
         policy, stops = build(model, ["parallel.tp=2"]), StopStrings(STOPS, letters)
         engine = engine_of(policy, model, directory, probe_every=0, servers=2, stop_strings=stops, **settings)
         cursor = PromptCursor(Problems(problem(number, [7]) for number in range(40)), seed=1, shuffle=False)
         sampler = StreamingSampler(config, engine, cursor, words, Graders(grade) if dialogues else None, dialogues)
-        if engine._control is not None:
-            patient_with(engine._control.fleet.clients[1:])
+        first, *others = engine._control.fleet.clients if engine._control is not None else [None]
+        patient_with(others)
         try:
             for step in range(1, steps + 1):
                 _sync(sampler, engine, policy, step - 1, found["failed"])
                 if step == 2 and engine._control is not None:
                     fails_soon(engine._control, how)
+                    until_its_end.enter_context(impatient_with(first, 2.0, routes=("/abort_request",)))
                 taken = _take(sampler, engine, policy, step, found["failed"])
                 found["steps"].append((engine.weight_version, [asdict(group) for group in taken.groups], taken.counts))
                 time.sleep(trains_s)  # dialogues go on

@@ -24,7 +24,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import Sampling, StreamingSampler, rank0
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.sglang import Serving, SglangEngine
+from etr_megatron.rollout.sglang import Serving, SglangEngine, server, sharded_sender
 from etr_megatron.rollout.sglang.senders import WholeSender
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
@@ -74,13 +74,14 @@ def gaps(
     **settings: Any,
 ) -> dict[str, Any]:
     """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between;
-    bytes that this rank sent in the second one, if sharded. served: the model that a server is started with, if not `model`.
-    address: of every rank's node, if each is to have its own."""
+    bytes that this rank sent in the second one, if sharded. With `routing`, also the tokens of prompt and response of the
+    samples after the first sync, and the experts that the server reports for them. served: the model that a server is started
+    with, if not `model`. address: of every rank's node, if each is to have its own."""
     policy = build(model, [*overrides, "train.lr=0.01", f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address) if address is not None else nullcontext():
         engine = engine_of(policy, served or model, directory, **settings)
     try:
-        return _gaps(policy, engine, prompts)
+        return _gaps(policy, engine, prompts, settings.get("routing", False))
     finally:
         engine.close()
 
@@ -94,40 +95,24 @@ def generated(engine: SglangEngine, prompts: list[list[int]], sampling: Sampling
     return on_rank0(lambda: found)
 
 
-def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[str, Any]:
+def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]], routing: bool) -> dict[str, Any]:
     found, sent = [], []
+    routed: list[tuple[list[int], list[int]]] = []
     for version in (1, 2):
         engine.update_weights(policy.export(), version=version)
         sender = engine._sender
         sent.append(sender._transport.wire.bytes_sent if isinstance(sender, ShardedSender) else 0)
-        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
+        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95, routing=routing))
         samples = [sample for group in groups for sample in group]
         assert all(sample.weight_version == version for sample in samples)
         sequences = [(prompts[i // 2], sample.response_ids) for i, sample in enumerate(samples)]
+        routed = routed or [([*prompts[i // 2], *one.response_ids], one.routing.tolist()) for i, one in enumerate(samples)]
         trainer = policy.logprobs(sequences).logp
         served = [torch.tensor(sample.rollout_logprobs) for sample in samples]
         found.append(max((a - b).abs().max().item() for a, b in zip(trainer, served, strict=True)))
         engine.release()
         policy.update(replace(make_batch(sequences), old_logp=trainer))
-    return {"gaps": found, "bytes": sent[1] - sent[0]}
-
-
-def routed(
-    model: str, directory: str, prompts: list[list[int]], overrides: list[str], **settings: Any
-) -> list[tuple[list[int], list[int]]]:
-    """Tokens of prompt and response of two samples per prompt, and the experts that the server reports for them."""
-    policy = build(model, [*overrides, f"rollout.temperature={TEMPERATURE}"])
-    engine = engine_of(policy, model, directory, **settings)
-    try:
-        engine.update_weights(policy.export(), version=1)
-        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=1, routing=True))
-    finally:
-        engine.close()
-    return [
-        ([*prompt, *sample.response_ids], sample.routing.tolist())
-        for prompt, group in zip(prompts, groups, strict=True)
-        for sample in group
-    ]
+    return {"gaps": found, "bytes": sent[1] - sent[0], "routed": routed}
 
 
 def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -226,12 +211,16 @@ def _gaps_by_version(
 
 @contextmanager
 def hanging(engine: SglangEngine, name: str) -> Iterator[None]:
-    """A short deadline for the server `name` (if not empty), which hangs at its second bucket. Not in a sharded sync, where a
-    server has the deadline of the ranks."""
+    """A short deadline for the server `name` (if not empty), which hangs at its second bucket. In a sharded sync its weights
+    have the deadline of the ranks; what it is asked after that has the short one, and so has the end of its part."""
     with ExitStack() as deadline:
-        if engine._control is not None and name and not isinstance(engine._sender, ShardedSender):
+        if engine._control is not None and name:
             (client,) = (client for client in engine._control.fleet.clients if client.name == name)
-            deadline.enter_context(impatient_with(client, 5.0, broadcast=1))
+            routes = None
+            if isinstance(engine._sender, ShardedSender):
+                routes = ("/server_info", "/end_weight_update", "/continue_generation")
+                deadline.enter_context(mock.patch.object(sharded_sender, "_GRACE_S", 4.0))
+            deadline.enter_context(impatient_with(client, 2.0, broadcast=1, routes=routes))
         yield
 
 
@@ -276,10 +265,12 @@ def _fake_sync(policy: Any, model: str, directory: str, versions: Sequence[int],
 
 @contextmanager
 def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
-    """Behaviour of fake servers that this process starts in this context."""
+    """Behaviour of fake servers that this process starts in this context. They end when they are told to, so one that does not
+    at once, because it has been stopped, is given no more time."""
     os.environ["FAKE_SGLANG"] = json.dumps(behaviour)
     try:
-        yield
+        with mock.patch.object(server, "_GRACE_S", 1.0):
+            yield
     finally:
         del os.environ["FAKE_SGLANG"]
 

@@ -52,14 +52,15 @@ def on_two_nodes(
     full: Sequence[int] = (),
     behaviours: Sequence[dict[str, Any]] = ({}, {}),
     hangs: str = "",
+    cold: Sequence[int] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Two ranks that act as nodes: the servers' addresses and states, which servers have failed after each sync, and who could
     read the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers. hangs: a server that
-    hangs at the second bucket of the first sync."""
+    hangs at the second bucket of the first sync. cold: ranks whose servers start by their command."""
     policy, rank = build(model, ["parallel.tp=2"]), dist.get_rank()
     with as_a_node_at(address), behaving(behaviours[rank]):
-        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
+        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", warm=rank not in cold, **settings)
     before = _segments()
     try:
         with pytest.MonkeyPatch.context() as patch, _warnings() as warnings:

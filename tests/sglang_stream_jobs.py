@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, StreamingSampler
 from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.types import Problem
-from tests.fake_servers import patient_with
+from tests.fake_servers import impatient_with, patient_with
 from tests.graders import Graders
 from tests.policy_jobs import build
 from tests.sglang_comeback_jobs import fails_soon
@@ -31,7 +31,7 @@ def lost_while_streaming(model: str, directory: str, how: str, steps: int, rollo
     Returns the steps' groups, the servers that had failed after each step, the victim's process, and the servers' states after
     the last step.
     """
-    with behaving({"tokens_per_s": 60, "odd_tokens_per_s": 12}):  # also for restarted servers
+    with behaving({"tokens_per_s": 120, "odd_tokens_per_s": 24}):  # also for restarted servers
         return _lost_while_streaming(model, directory, how, steps, rollout, **settings)
 
 
@@ -39,21 +39,26 @@ def _lost_while_streaming(model: str, directory: str, how: str, steps: int, roll
     policy = build(model, ["parallel.tp=1"])
     engine = engine_of(policy, model, directory, probe_every=0, servers=2, **settings)
     sampler = _sampler(engine, steps, rollout)
-    patient_with(engine._control.fleet.clients[1:])
+    first, *others = engine._control.fleet.clients
+    patient_with(others)
     found: dict[str, Any] = {"steps": [], "failed": [], "pid": 0}
+    until_it_is_lost = ExitStack()
     try:
         for step in range(1, steps + 1):
             sync(sampler, engine, policy, step)
             if step == 2:
                 found["pid"] = fails_soon(engine._control, how)
+                until_it_is_lost.enter_context(impatient_with(first, 2.0, routes=("/abort_request",)))
             groups, failed = _take(sampler, engine, policy, step)
             found["steps"].append([asdict(group) for group in groups.groups])
             sampler.pause()  # finds out by now if a server hangs
             found["failed"].append(failed | engine._control.fleet.failed)
-            if "SGLang server 0" in found["failed"][-1]:
-                patient_with(engine._control.fleet.clients[:1])  # when it is back, it is well
+            if first.name in found["failed"][-1]:
+                until_it_is_lost.close()
+                patient_with([first])  # when it is back, it is well
         return found | {"states": states_of(engine)}
     finally:
+        until_it_is_lost.close()
         engine.close()
 
 

@@ -54,7 +54,7 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
         engine.update_weights(policy.export(), 1)
         board = engine._sender._tensors.wire.board
         assert board.timeout_s == engine._config.update_timeout_s
-        board.timeout_s = 5.0  # not before: all have connected
+        board.timeout_s = 3.0  # not before: all have connected
         try:
             engine.update_weights(Late(policy), 2)
         except Exception as error:

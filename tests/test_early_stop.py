@@ -62,7 +62,7 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_with_its_host_in_the_runs_state(runs):
-    process = runs.held("step 1", *QUICK, "run.steps=2", cold=True)
+    process = runs.held("step 1", *QUICK, "run.steps=2")
     killed = rank_of(process.pid, 1)
     os.kill(killed, signal.SIGKILL)
     out, err = process.communicate(timeout=500)
@@ -75,7 +75,7 @@ def test_a_rank_that_is_killed_is_named_with_its_host_in_the_runs_state(runs):
 @pytest.mark.slow
 def test_a_rank_that_is_lost_while_the_model_is_loaded_fails_the_run_before_the_grace_is_over(runs):
     # torchrun sends the other rank SIGTERM, as a scheduler would.
-    process = runs.held("loading 0", *QUICK, cold=True)  # so that /proc has its environment
+    process = runs.held("loading 0", *QUICK)
     os.kill(rank_of(process.pid, 1), signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 1, out + err

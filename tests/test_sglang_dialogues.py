@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.dialogue_functions import tokens_of, words
 from tests.fake_servers import servers
-from tests.sglang_dialogue_jobs import tokens_of, words
 from tests.test_sglang_engine import OWN
 
 STEPS, PER_STEP, TOKENS = 5, 3, 60

@@ -136,7 +136,7 @@ def test_responses_come_back_in_the_order_of_the_requests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
+@pytest.mark.parametrize("what", ["die_at", "fail_at", "abort_at"])  # hang_at: see test_sglang_stream.py
 def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(what):
     async def body():
         async with fleet_of({what: 3}, {}, {}, timeout_s=3.0) as fleet:
@@ -146,17 +146,6 @@ def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(w
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
     assert set(failed) == (set() if what == "fail_at" else {"server 0"})  # a single error of a healthy server is no failure
-
-
-def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
-    async def body():
-        async with fleet_of({"stop_at": 3}, {}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
-            patient_with(fleet.clients[1:])
-            return await generate(fleet, REQUESTS), fleet.failed
-
-    found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
-    assert failed == {"server 0": "gave no sign of life within 2 s"}
 
 
 @pytest.mark.slow
@@ -189,6 +178,7 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:4]] and not failed
 
 
+@pytest.mark.slow
 def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_completes_others():
     async def body():
         async with fleet_of({"seconds": 0.3, "busy": True}, {"seconds": 0.3, "busy": True}, timeout_s=6.0) as fleet:
@@ -327,7 +317,7 @@ def test_a_server_that_lacks_what_a_sync_needs_is_refused_by_name():
 def test_a_server_lost_in_the_middle_of_an_update_does_not_cost_the_others_theirs(what):
     async def body():
         async with fleet_of({}, {what: 1}, {}) as fleet:
-            with impatient_with(fleet.clients[1], 4.0, broadcast=1):
+            with impatient_with(fleet.clients[1], 2.0, broadcast=1):
                 await sync(fleet, 3)
             return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from etr_megatron.rollout.record import read_record
+from tests import warm_run
 from tests.fake_servers import servers
 from tests.runs import rank_of, wait_for
 
@@ -116,7 +117,7 @@ def test_sigterm_does_not_wait_for_a_server_that_gives_nothing_back(runs):
 @pytest.mark.slow
 def test_sigterm_to_a_rank_while_a_sync_waits_for_a_server_ends_as_requeue_when_the_grace_is_over(runs):
     with server(hang_at_bucket=1) as url:  # after the first step, for an hour
-        process = runs.start(*options(url, ranks=2), "checkpoint.every=1", "run.stop_grace_s=3", cold=True)
+        process = runs.start(*options(url, ranks=2), "checkpoint.every=1", "run.stop_grace_s=3")
         wait_for(lambda: generated(url) >= 24 and state_of(url)["paused"])
         os.kill(rank_of(process.pid, 1), signal.SIGTERM)  # torchrun sends rank 0 another once this one has ended
         out, err = process.communicate(timeout=500)
@@ -131,10 +132,12 @@ def test_sigterm_to_a_rank_while_a_sync_waits_for_a_server_ends_as_requeue_when_
 def test_a_run_with_one_server_left_has_the_other_back_before_it_draws_what_that_may_have_died_of(runs, tmp_path, monkeypatch):
     """Happens in the middle of its second step, with the same weights; no sample is lost or duplicated."""
     file = tmp_path / "died"
+    for name, value in warm_run.environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("FAKE_SGLANG", json.dumps({"die_once": [20, str(file)], "seconds": 0.05}))
     own = [f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]", "sglang.servers=2"]
     own += ["sglang.probe_every=0", "sglang.concurrency=6", "rollout.record=true"]
-    code, output = runs.finish(*(one for one in options("") if "urls" not in one), *own)
+    code, output = runs.finish(*(one for one in options("") if "urls" not in one), *own, warm_run.REWARD)
     assert code == 0 and file.exists(), output
     assert "may have died of are not sent to the last server" in output and "Traceback" not in output
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]

@@ -119,6 +119,7 @@ def test_a_port_that_another_process_took_is_no_fault_of_the_server(machines, mo
     assert merged(all_of_it.start("second"))[SERVER].problem is None
 
 
+@pytest.mark.slow
 def test_a_head_whose_others_never_come_is_given_up_in_time_and_so_is_a_part_without_a_head(machines, monkeypatch):
     monkeypatch.setattr(parts, "LATE_S", 1.5)
     alone = machines(number=2, startup_timeout_s=3.0)
@@ -162,7 +163,8 @@ def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_w
     assert f"{what}\nRuntimeError: Connection closed by peer" in said and len(said) == 3
 
 
-def test_what_hangs_on_one_machine_is_stopped_with_the_rest(machines):
+def test_what_hangs_on_one_machine_is_stopped_with_the_rest(machines, monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)
     all_of_it = machines()
     merged(all_of_it.start("first"))
     (hung,) = psutil.Process(all_of_it.pids()[1]).children()

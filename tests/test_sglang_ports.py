@@ -106,6 +106,7 @@ def test_a_server_whose_port_is_taken_each_time_is_given_up_in_one_sentence(tmp_
         assert len(processes) == 3 and not any(process.is_running for process in processes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from etr_megatron.config import SglangConfig
-from tests.sglang_dialogue_jobs import reply, tokens_of, words
+from tests.dialogue_functions import by_number, tokens_of, words
 from tests.test_rollout import as_sets, experts_chosen
 from tests.test_sglang_server import OWN, PROMPTS, model, pytestmark, server, started  # noqa: F401
 
@@ -62,7 +62,7 @@ def test_every_drawn_token_of_a_dialogue_has_the_log_prob_of_the_weights_that_it
     assert all(list(one["weight_versions"]) == sorted(one["weight_versions"]) for one in mixed)
     for group in found["evaluated"]:
         assert all(one["weight_version"] == 4 and not one["weight_versions"] for one in group["samples"])
-    assert reply([{"role": "assistant", "content": ""}], "0", {}) is None
+    assert by_number([{"role": "assistant", "content": ""}], "0", {}) is None
 
 
 def test_the_experts_of_a_dialogue_cover_the_prompt_all_turns_and_the_replies(gangs, tmp_path):

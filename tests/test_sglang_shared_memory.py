@@ -7,7 +7,6 @@ import base64
 import gc
 import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery, seriali
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights import read_architecture
+from tests import warm
 from tests.fake_servers import impatient_with
 from tests.runs import REPO, wait_for
 from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
@@ -72,7 +72,7 @@ def test_a_server_lost_with_a_handle_unread_does_not_cost_the_others_their_weigh
     async def body():
         async with fleet_of({}, {what: 5}, {}) as fleet:
             delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2)
-            with impatient_with(fleet.clients[1], 4.0):
+            with impatient_with(fleet.clients[1], 2.0):
                 for version in (1, 2):
                     await sync(fleet, version, delivery)
             grown = {name: torch.cat([tensor] * 9) for name, tensor in TENSORS.items()}
@@ -133,7 +133,7 @@ def test_a_segment_goes_with_its_process_also_where_a_server_died_before_it_read
         "print(len([name for name in os.listdir('/dev/shm') if name.startswith(f'torch_{os.getpid()}_')]), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO)
+    process = warm.start([sys.executable, "-c", code], {**os.environ})
     assert process.communicate()[0] == "1\n"
     wait_for(lambda: not segments_of(process.pid), deadline_s=120.0)
 
@@ -147,7 +147,7 @@ def test_the_process_that_manages_segments_holds_no_socket_of_ours():
         "memory = SharedMemory(); memory.put(torch.ones(99, dtype=torch.uint8)); ours.close()\n"
         "peer.settimeout(300); print(peer.recv(1))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO).stdout == "b''\n"
+    assert warm.start([sys.executable, "-c", code], {**os.environ}).communicate()[0] == "b''\n"
 
 
 def test_where_torch_makes_no_segment_there_is_a_sentence(monkeypatch):

@@ -99,6 +99,7 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
     assert rest == [] and set(failed) == (set() if what == "fail_at" else {"server 0"})
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
     async def body():
         async with fleet_of({"stop_at": 3}, {}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
@@ -239,6 +240,7 @@ def test_requests_that_one_server_refuses_are_shared_by_all_the_others():
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
     monkeypatch.setattr("etr_megatron.rollout.sglang.stream._ABORT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("etr_megatron.rollout.sglang.stream._GIVE_BACK_S", 1.0)
 
     async def body():
         async with fleet_of({"hang_at": 0, "hang_at_abort": True}, timeout_s=60.0) as fleet:

@@ -12,11 +12,11 @@ from tests.test_sglang_engine import OWN, check_sums
 @pytest.mark.parametrize("layout", [["parallel.tp=1"], ["parallel.tp=1", "parallel.pp=2"]], ids=["dp2", "pp2"])
 def test_a_rank_that_holds_nothing_of_the_buckets_waits_as_long_as_they_take(gangs, hf_models, tmp_path, layout):
     """Every bucket meets its deadline; all together take longer than a rank otherwise waits for another."""
-    with servers({"seconds_per_bucket": 0.8}) as urls:
+    with servers({"seconds_per_bucket": 0.4}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=layout, urls=urls, sync="tensor")
-        job |= dict(update_timeout_s=12, bucket_bytes=1 << 15)
+        job |= dict(update_timeout_s=6, bucket_bytes=1 << 15)
         found = gangs(2).run("tests.sglang_sync_jobs:slow_delivery", **job)[0]
-    assert found["seconds"] > 12
+    assert found["seconds"] > 6
     (state,) = found["states"].values()
     check_sums(state, found["sums"])
 
@@ -26,7 +26,7 @@ def test_a_rank_that_is_late_is_named_after_the_deadline_of_every_wait(gangs, hf
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync="broadcast", **OWN)
     first, _ = gangs(2).run("tests.sglang_sync_jobs:late_rank", **job)
     assert first.startswith(
-        "SyncError: rank 0: the weight sync of version 2 did not complete: rank 1 did not arrive within 5 s"
+        "SyncError: rank 0: the weight sync of version 2 did not complete: rank 1 did not arrive within 3 s"
     )
 
 

@@ -145,6 +145,7 @@ def test_a_servers_file_in_shared_memory_is_removed_with_it_and_no_other(tmp_pat
             file.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not(tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):  # proxies are not used for the job's own machines
         monkeypatch.setenv(name, "http://127.0.0.1:9")

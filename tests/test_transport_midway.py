@@ -83,5 +83,5 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[3], RANKS[4]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
-    found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=5)
-    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not arrive within 5 s", 50)
+    found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=3)
+    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not arrive within 3 s", 50)

@@ -46,6 +46,7 @@ def test_what_is_gathered_for_servers_is_the_checkpoint(gangs, hf_models):
     assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_rank_that_hangs_while_all_connect_is_named_at_the_deadline(gangs, culprit):
     """NCCL itself would wait for it forever; for rank 0, in the store."""

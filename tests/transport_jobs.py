@@ -294,7 +294,7 @@ def failing(model: str, source: WeightLayout, destination: WeightLayout, culprit
         transport.sync(version, sources, destinations)
     dist.barrier()
     if fault in ("absent", "hang"):  # the short deadline is for the culprit: the others are here
-        transport.wire.board.timeout_s = 5.0
+        transport.wire.board.timeout_s = 3.0
     start = time.monotonic()
     rank, hang = dist.get_rank(), Hang()
     if rank == culprit:

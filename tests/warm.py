@@ -22,6 +22,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from etr_megatron.platform.lifetime import die_with_parent
@@ -134,6 +135,8 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     """Go on as `python [-u] -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...`"""
     os.environ.clear()
     os.environ.update(environment)
+    if "RANK" in environment:
+        Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # /proc/self/environ keeps the nursery's
     arguments = command[1:]
     if arguments[0] == "-u":
         arguments = arguments[1:]

@@ -2,7 +2,7 @@
 
 These imports take most of the time of a start. All else is as otherwise: the watchdog runs the server in a session of its own,
 and ends it when its pipe closes. /proc shows the nursery's command line and environment. Servers of whole runs start cold, by
-their command.
+their command, unless the run has the module tests/warm_run.py.
 """
 
 from __future__ import annotations
