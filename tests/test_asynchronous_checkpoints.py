@@ -204,6 +204,6 @@ def test_a_run_that_fails_waits_for_its_checkpoint(gangs, hf_models, tmp_path):
 def test_a_run_that_fails_waits_no_longer_than_that_for_a_rank_that_is_lost(monkeypatch, caplog):
     monkeypatch.setattr("etr_megatron.checkpoint.saver.MIN_CLOSE_S", 0.05)
     saver = object.__new__(Saver)
-    saver._pending = SimpleNamespace(over=threading.Event(), age=0.1)
+    saver._pending = SimpleNamespace(done=threading.Event(), age=0.1)
     saver.close()
     assert "the last checkpoint is not complete: not all ranks have written it in time" in caplog.text
