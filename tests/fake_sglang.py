@@ -365,7 +365,7 @@ class Handler(BaseHTTPRequestHandler):
         if status == DROP:
             self.close_connection = True
             return
-        body = json.dumps(found).encode()
+        body = json.dumps(found, separators=(",", ":")).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -17,13 +17,14 @@ from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeou
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected, groups_of
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.places import hosts_away
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.restart_backoff import RestartBackoff
 from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import SendQueue
