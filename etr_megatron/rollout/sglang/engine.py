@@ -342,7 +342,8 @@ class SglangEngine:
 
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`."""
-        return {} if self._control is None else {"servers_serving": len(self._control.serving())}
+        control = self._control
+        return {} if control is None else {"servers_serving": len(control.serving()), **control.loads.take()}
 
     def close(self) -> None:
         """Stop the servers that were started here and wait until all their processes have ended. Not a collective."""
