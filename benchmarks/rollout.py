@@ -1,8 +1,8 @@
 """Throughput of the rollout path relative to a bare loop that sends the same requests to the same SGLang server.
 
-    bash tools/setup_env.sh --sglang && python -m benchmarks.rollout    # all parts
-    python -m benchmarks.rollout --part client --part tail              # without a real server
-    python -m benchmarks.rollout --quick --part client --part tail      # checks that it works; its times mean nothing
+    bash tools/setup_env.sh --sglang && python -m benchmarks.rollout        # all parts
+    python -m benchmarks.rollout --part client --part tail --part replies   # without a real server
+    python -m benchmarks.rollout --quick --part client --part tail          # checks that it works; its times mean nothing
 
 Parts:
 
@@ -12,6 +12,7 @@ Parts:
 - `tail`: the same server. One response in a hundred is eight times as long as the others; all have the same tokens per second.
   Measures how long a step waits for its groups and for its weight sync: with partial rollouts, without them, and without long
   responses. Ranks "train" by sleeping for the duration of an ordinary response; there are no weights.
+- `replies`: CPU time of the parsing of one reply, against the former way with lists of Python objects (`rollout_replies.py`).
 
 Contestants:
 
@@ -43,6 +44,8 @@ import httpx
 from benchmarks.experiment_environment import environment
 from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.rollout_contestants import Sampled, Shape, config_of, contestants, make_problems, tokenizer_of
+from benchmarks.rollout_replies import QUICK as QUICK_REPLIES
+from benchmarks.rollout_replies import SIZES, measure_replies, replies_table
 from benchmarks.rollout_report import pair_result, pair_table, tail_result, tail_table
 from etr_megatron.config import load_config, startup_timeout_of
 from etr_megatron.data.warm_start import new_model
@@ -50,6 +53,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.hosts import Host
 
+PARTS = ["server", "client", "tail", "replies"]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = "configs/cpu_tiny_sglang.yaml"
@@ -66,11 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small steps, 2 rounds")
     parser.add_argument("--rounds", type=int, help="timed steps of each contestant (default 12, quick 2)")
-    parser.add_argument("--part", action="append", choices=["server", "client", "tail"], help="repeatable (all)")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable (all)")
     parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/rollout.json or rollout_quick.json)")
     options = parser.parse_args(argv)
     options.rounds = options.rounds if options.rounds is not None else 2 if options.quick else 12
-    options.part = options.part or ["server", "client", "tail"]
+    options.part = options.part or PARTS
     options.output = options.output or RESULTS / ("rollout_quick.json" if options.quick else "rollout.json")
     if options.rounds < 1:
         raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
@@ -223,6 +227,9 @@ def _measure(options: argparse.Namespace) -> None:
         if "tail" in options.part:
             found = measure_tail(options, folder)
             keep("tail", tail_table(found), **found)
+        if "replies" in options.part:
+            found = measure_replies(options.rounds, QUICK_REPLIES if options.quick else SIZES)
+            keep("replies", replies_table(found), **found)
         if "server" in options.part:
             shape = QUICK["short"] if options.quick else SERVER
             with real_server(folder / "server") as url:

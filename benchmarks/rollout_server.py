@@ -31,7 +31,7 @@ def reply(tokens: int, finish: str) -> bytes:
     ids = [3 + number % 251 for number in range(tokens)]
     pairs = [[-0.7310585975646973 - token / 1024, token, None] for token in ids]
     meta = {"output_token_logprobs": pairs, "finish_reason": {"type": finish}, "weight_version": "0"}
-    return json.dumps({"output_ids": ids, "meta_info": meta}).encode()
+    return json.dumps({"output_ids": ids, "meta_info": meta}, separators=(",", ":")).encode()  # as SGLang writes it
 
 
 @dataclass

@@ -60,7 +60,7 @@ ROUTES = (
     *("/generate", "/abort_request", "/model_info", "/server_info", "/health", "/flush_cache", "/update_weight_version"),
     *("/pause_generation", "/continue_generation", "/release_memory_occupation", "/resume_memory_occupation"),
     *("/init_weights_update_group", "/destroy_weights_update_group", "/update_weights_from_distributed"),
-    *("/update_weights_from_tensor", "/update_weights_from_disk"),
+    *("/update_weights_from_tensor", "/update_weights_from_disk", "/v1/loads"),
 )
 
 
@@ -295,6 +295,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/server_info":
         with SCHEDULER, BATCH:
             return 200, BEHAVIOUR.get("says", {}).get(route, {})
+    if route == "/v1/loads?include=core":
+        return 200, {"loads": [{"num_running_reqs": len(STATE.running), "num_waiting_reqs": 0, "token_usage": 0.0}]}
     if route == "/behave":
         soon = {how[:-2] + "at": len(STATE.prompts) + more for how, more in body.items() if how in ("die_in", "stop_in")}
         BEHAVIOUR.update(body | soon)
@@ -365,7 +367,7 @@ class Handler(BaseHTTPRequestHandler):
         if status == DROP:
             self.close_connection = True
             return
-        body = json.dumps(found).encode()
+        body = json.dumps(found, separators=(",", ":")).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -51,13 +51,15 @@ def test_both_contestants_send_the_same_requests_of_which_the_server_makes_one_i
 @pytest.mark.slow
 def test_a_quick_run_measures_the_client_and_the_tail_and_is_written(tmp_path):
     output = tmp_path / "new" / "result.json"
-    options = ["--quick", "--rounds", "1", "--part", "client", "--part", "tail", "--output", str(output)]
+    parts = ["--part", "client", "--part", "tail", "--part", "replies"]
+    options = ["--quick", "--rounds", "1", *parts, "--output", str(output)]
     assert rollout.main(options) == 0
     found = json.loads(output.read_text())
     (case,) = found["client"]["cases"]
     assert case["contestants"].keys() == {"sampler", "bare_loop", "bare_connections"}
     assert case["ratio"].keys() == {"bare_loop", "bare_connections"} and len(case["ratios"]["bare_loop"]) == 1
     assert found["tail"]["settings"]["partial"]["min_s"] >= 0 and "server" not in found
+    assert [one["ratio"] > 0 for one in found["replies"]["cases"]] == [True, True]
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError, of_expert_layers
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections
+from etr_megatron.rollout.sglang.replies import of_expert_layers
 from etr_megatron.weights import read_architecture
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
-from etr_megatron.rollout.sglang.client import Generated
 from etr_megatron.rollout.sglang.fleet import Request
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.suspicions import Suspicions
 from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, generate, state_of, tokens_of
@@ -27,7 +28,7 @@ SIZE = "a request with 3 prompt tokens and up to 9 response tokens"
 def why_given_up(found: Sequence[Generated], requests: Sequence[Request] = ALL) -> str:
     """The reason for the poison, of which all responses are given up; all other requests are answered."""
     for one, request in zip(found, requests, strict=True):
-        assert one.ids == ([] if request is POISON else tokens_of(request))
+        assert list(one.ids) == ([] if request is POISON else tokens_of(request))
         assert bool(one.given_up) == (request is POISON) == (one.finish_reason == "abort")
     (why,) = {one.given_up for one in found if one.given_up}
     return why
@@ -55,7 +56,7 @@ def test_a_server_that_answers_everything_with_an_error_has_failed_and_no_reques
             return await generate(fleet, OTHERS), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in OTHERS]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in OTHERS]
     assert list(failed) == ["server 0"] and "/generate answered 500" in failed["server 0"]
 
 
@@ -95,7 +96,7 @@ def test_a_prompt_that_servers_die_of_late_is_given_up_when_it_is_alone_to_its_e
     found, failed = asyncio.run(body())
     assert found[3].given_up and len(failed) == 3
     del found[3]
-    assert [one.ids for one in found] == [[(key + 1 + i) % 97 for i in range(60)] for key in range(6)]
+    assert [list(one.ids) for one in found] == [[(key + 1 + i) % 97 for i in range(60)] for key in range(6)]
 
 
 def test_the_last_server_is_not_given_what_the_others_may_have_died_of():
@@ -112,7 +113,7 @@ def test_the_last_server_is_not_given_what_the_others_may_have_died_of():
 
     found, failed = asyncio.run(body())
     assert len(failed) == 1 and 6 not in found
-    assert all(reply.ids == tokens_of([*ALL, *REQUESTS[12:]][key]) for key, reply in found.items())
+    assert all(list(reply.ids) == tokens_of([*ALL, *REQUESTS[12:]][key]) for key, reply in found.items())
 
 
 def test_the_only_server_is_asked_twice_and_serves_on_if_it_is_well():
@@ -175,7 +176,7 @@ def test_a_file_of_suspicions_that_cannot_be_read_or_written_ends_nothing(tmp_pa
 
 def test_errors_of_a_stream_come_in_their_order_after_the_replies_before_them():
     stream = RequestStream(None, concurrency=1, exclusive=False)
-    reply = (0, Generated([], [], "stop", "1"))
+    reply = (0, Generated(array("i"), array("d"), "stop", "1"))
     for one in (reply, RefusedError("first"), EngineGoneError("second"), reply):
         stream._replies.put(one)
     assert stream.wait() == [reply]
@@ -199,7 +200,7 @@ def test_a_connection_that_breaks_once_costs_no_server_and_what_it_was_for_is_cu
 
     first, then, state, failed = asyncio.run(body())
     wanted = [tokens_of(request) for request in OTHERS]
-    assert [one.ids for one in first] == wanted == [one.ids for one in then] and not failed
+    assert [list(one.ids) for one in first] == wanted == [list(one.ids) for one in then] and not failed
     assert len(set(state["rids"])) == len(state["rids"]) == 2 * len(OTHERS) + 2
     assert set(state["aborted"]) == {state["rids"][5], state["rids"][20]}
     dropped = [state["prompts"][5], state["prompts"][20]]  # may be the same, as requests overtake each other
@@ -212,7 +213,7 @@ def test_a_connection_to_a_server_that_is_not_well_breaks_and_the_server_has_fai
             return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS] and list(failed) == ["server 0"]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS] and list(failed) == ["server 0"]
 
 
 def test_no_request_of_a_stream_has_a_name_that_another_begins_with():

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from etr_megatron.rollout import EngineGoneError, RefusedError
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery
 from etr_megatron.rollout.sglang.failures import Failures
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
@@ -131,8 +132,8 @@ def test_responses_come_back_in_the_order_of_the_requests():
             return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
-    assert found[0].logprobs == [-0.5] * 5 and found[0].finish_reason == "length" and not failed
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert list(found[0].logprobs) == [-0.5] * 5 and found[0].finish_reason == "length" and not failed
 
 
 @pytest.mark.slow
@@ -144,7 +145,7 @@ def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(w
             return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS]
     assert set(failed) == (set() if what == "fail_at" else {"server 0"})  # a single error of a healthy server is no failure
 
 
@@ -162,7 +163,7 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
             return slow, fleet.failed, fleet._liveness._looking
 
     found, failed, looking = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:2]]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS[:2]]
     assert not failed and looking is None
 
 
@@ -175,7 +176,7 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
             return await generate(fleet, REQUESTS[:4], concurrency=1), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:4]] and not failed
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS[:4]] and not failed
 
 
 @pytest.mark.slow
@@ -186,7 +187,7 @@ def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_
             return requests, await generate(fleet, requests, concurrency=24), fleet.failed
 
     requests, found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in requests] and not failed
 
 
 def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_failure():
@@ -201,7 +202,7 @@ def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_fa
     said, failed, found = asyncio.run(body())
     assert re.match(r"server [01]: /generate answered 400: .+maximum context length", said)
     assert said.endswith(f"(a request with 2 prompt tokens and up to {CONTEXT - 1} response tokens)")
-    assert not failed and [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert not failed and [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS]
 
 
 def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is_answered():
@@ -212,7 +213,7 @@ def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is
             return await generate(fleet, REQUESTS[:5], concurrency=1), fleet.failed
 
     found, failed = asyncio.run(body({}))
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:5]]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS[:5]]
     assert list(failed) == ["server 0"] and "answered 400" in failed["server 0"]
     with pytest.raises(RefusedError, match="server 0: /generate answered 400"):  # no other server is left to ask
         asyncio.run(body({"die_at": 0}))
@@ -239,7 +240,7 @@ def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it
             return found, failed, await generate(fleet, REQUESTS), fleet.failed
 
     found, failed, again, then = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert [list(one.ids) for one in found] == [tokens_of(request) for request in REQUESTS]
     assert {one.version for one in found} == {"3"} and {one.version for one in again} == {"4"}
     assert failed == {"server 0": "generated with weights of version default instead of 3"} and not then
 
@@ -249,7 +250,7 @@ def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done
         async with fleet_of({"die_at": 0, "seconds": 0.0}, {}, {}) as fleet:
             return await generate(fleet, REQUESTS[:3], concurrency=64)
 
-    assert [one.ids for one in asyncio.run(body())] == [tokens_of(request) for request in REQUESTS[:3]]
+    assert [list(one.ids) for one in asyncio.run(body())] == [tokens_of(request) for request in REQUESTS[:3]]
 
 
 def test_when_no_server_is_left_the_error_names_each_with_its_reason():

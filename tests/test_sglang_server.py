@@ -119,7 +119,7 @@ def conversation(url: str) -> list[tuple[str, int, Any]]:
         sampling = parameters.as_json() | {"stop_token_ids": []}
         return {"input_ids": [5, 6], "sampling_params": sampling, "return_logprob": True, "logprob_start_len": -1, **more}
 
-    for route in ("/openapi.json", "/model_info", "/server_info", "/health"):
+    for route in ("/openapi.json", "/model_info", "/server_info", "/health", "/v1/loads?include=core"):
         ask(route)
     ask("/generate", draw(3))
     ask("/generate", draw(3, input_ids=[5] * 600))  # longer than the model's context

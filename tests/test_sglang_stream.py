@@ -95,7 +95,7 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
             return found, await stream.stop(abort=False), fleet.failed
 
     found, rest, failed = asyncio.run(body())
-    assert {key: reply.ids for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
+    assert {key: list(reply.ids) for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
     assert rest == [] and set(failed) == (set() if what == "fail_at" else {"server 0"})
 
 
@@ -109,7 +109,7 @@ def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests()
             return await answers(stream, len(REQUESTS)), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert {key: reply.ids for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
+    assert {key: list(reply.ids) for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
     assert failed == {"server 0": "gave no sign of life within 2 s"}
 
 
@@ -131,7 +131,7 @@ def test_a_request_that_is_called_wrong_is_an_error_once_and_the_others_are_answ
 
     found, refusals, rest, failed = asyncio.run(body())
     assert len(refusals) == 1 and "/generate answered 400: " in refusals[0] and not failed and rest == []
-    assert {key: reply.ids for key, reply in found.items()} == {key: tokens_of(requests[key]) for key in found}
+    assert {key: list(reply.ids) for key, reply in found.items()} == {key: tokens_of(requests[key]) for key in found}
     assert set(found) == set(range(len(requests))) - {5}
 
 
@@ -200,7 +200,7 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there(exclu
     assert any(len(reply.ids) == 15 for reply in cut_off.values())
     for key, reply in cut_off.items():
         assert len(reply.logprobs) == len(reply.ids)
-        assert reply.ids + then[100 + key].ids == [(key + 1 + i) % 97 for i in range(40)]
+        assert list(reply.ids + then[100 + key].ids) == [(key + 1 + i) % 97 for i in range(40)]
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -288,7 +288,7 @@ def test_what_a_failed_server_still_has_does_not_keep_a_stop_waiting(exclusive):
             return dict(await asyncio.wait_for(stream.stop(abort=True), 300))
 
     found = asyncio.run(body())
-    assert all(reply.ids == [(key + 1 + i) % 97 for i in range(len(reply.ids))] for key, reply in found.items())
+    assert all(list(reply.ids) == [(key + 1 + i) % 97 for i in range(len(reply.ids))] for key, reply in found.items())
 
 
 def test_connections_are_used_again_and_one_that_breaks_is_replaced():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import replace
 
 import pytest
 
 from etr_megatron.rollout import RefusedError
-from etr_megatron.rollout.sglang.client import Generated, ServerClient
+from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Request
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.test_sglang_fleet import REQUESTS
 
@@ -48,7 +50,7 @@ def test_a_request_that_is_withdrawn_before_it_has_begun_does_not_keep_a_stop_wa
         for _ in range(delay):
             await asyncio.sleep(0)
         if not second.done():
-            second.set_result(Generated([1], [-0.5], "stop", "1"))  # the next request gets a task
+            second.set_result(Generated(array("i", [1]), array("d", [-0.5]), "stop", "1"))  # the next request gets a task
         with pytest.raises(RefusedError if is_refused else asyncio.CancelledError):
             await asking
         async with asyncio.timeout(10):

@@ -84,6 +84,12 @@ class MetricsRow(StepMetrics, total=False):
     groups_filled: int  # groups that were left out, but trained on because there were too few others
     groups_given_up: int  # groups given up because they crashed servers or got no answer; only if there were any
     servers_serving: int  # SGLang servers that accept requests when a step's rollout is complete; the others have failed
+    server_running_mean: float  # requests that an SGLang server generates at a time; mean over servers and their reports
+    server_queued_mean: float  # requests that wait in a server's own queue; mean over servers and reports
+    server_queued_max: int  # most requests in a server's queue
+    server_cache_used_mean: float  # share of a server's KV cache that is in use; mean over servers and reports
+    server_cache_used_max: float  # largest share of a server's KV cache
+    server_tokens_per_s_mean: float  # tokens that a server decodes per second of decoding; mean over servers
     staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
     staleness_max: int  # largest age of a token
     groups_redone: int  # groups drawn again because they had tokens that were too old

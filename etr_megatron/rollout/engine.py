@@ -194,8 +194,8 @@ class Drawn:
     """
 
     key: int
-    ids: list[int]
-    logprobs: list[float]
+    ids: array[int]
+    logprobs: array[float]
     finish_reason: FinishReason
     weight_version: int
     given_up: str = ""

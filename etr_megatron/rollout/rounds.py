@@ -107,7 +107,7 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
     names = tuple(f"{one.group.problem.id}/{one.sample.index}" for one in opened)
     drawn = engine.generate(problems, replace(sampling, samples=1, max_tokens=left, continued=names), must_stop)
     for one, (new,) in zip(opened, drawn, strict=True):
-        ids, logprobs = new.response_ids.tolist(), new.rollout_logprobs.tolist()
+        ids, logprobs = new.response_ids, new.rollout_logprobs
         extend(one.sample, Drawn(0, ids, logprobs, new.finish_reason, new.weight_version, routing=new.routing))
 
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import json
 import re
-from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
-import numpy as np
 
-from etr_megatron.rollout.engine import Place, RefusedError
-from etr_megatron.types import FinishReason
-
-if TYPE_CHECKING:
-    from etr_megatron.weights import Architecture
+from etr_megatron.rollout.engine import RefusedError
+from etr_megatron.rollout.sglang.replies import Generated, OtherTokensError, read_generated
 
 _REFUSALS = (400, 413, 422)
 """Status codes that reject the request itself: every server should answer the same."""
-
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 _LONGEST_PATTERN = 256
 """Longest `stop_regex` that SGLang accepts, in bytes (`sampling/sampling_params.py`, 0.5.21)."""
@@ -41,29 +34,6 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, status: int | None = None, *, reached: bool = True, broken: bool = False) -> None:
         super().__init__(message)
         self.status, self.reached, self.broken = status, reached, broken
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a server generated for one request.
-
-    ids: response token ids. logprobs: log-prob of each, under the tempered distribution. version: weight version at the last
-    token, as the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if
-    requested, the experts, in all layers, of all tokens of prompt and response but the last; see `of_expert_layers`. place:
-    the server that was asked, and its group.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-    version: str
-    given_up: str = ""
-    routing: array[int] = field(default_factory=lambda: array("B"))
-    place: Place | None = None
-
-    def without_tokens(self) -> Generated:
-        """The reply as if nothing had been generated, with its reason."""
-        return Generated([], [], self.finish_reason, self.version, self.given_up)
 
 
 @dataclass(frozen=True)
@@ -144,10 +114,11 @@ class ServerClient:
         """Whether the server has a route; True if its routes are not known."""
         return self._routes is None or route in self._routes
 
-    async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float | None) -> httpx.Response:
+    async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
+        """The body of the reply. Raises ServerError for no answer and for a status other than 200."""
         try:
             async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
-                return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
+                reply = await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
         except (OSError, httpx.HTTPError) as error:
             if timeout_s is not None and isinstance(error, TimeoutError | httpx.TimeoutException):
                 raise ServerError(f"{self.name}: {route} did not answer within {timeout_s:g} s") from error
@@ -156,17 +127,17 @@ class ServerClient:
                 reached=not isinstance(error, httpx.ConnectError),
                 broken=isinstance(error, OSError | httpx.TransportError),
             ) from error
+        if reply.status_code != 200:
+            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
+        return reply.content
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float | None) -> dict[str, Any]:
         """POST; returns the reply's JSON object, {} if it is not one. timeout_s: None if the caller has a deadline.
 
         Raises ServerError for no answer, a status other than 200, and an answer with `success: false`.
         """
-        reply = await self._request("POST", route, body or {}, timeout_s)
-        if reply.status_code != 200:
-            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
         try:
-            found = reply.json()
+            found = json.loads(await self._request("POST", route, body or {}, timeout_s))
         except ValueError:
             return {}
         if isinstance(found, dict) and found.get("success") is False:
@@ -176,12 +147,10 @@ class ServerClient:
     async def get(self, route: str, *, timeout_s: float) -> dict[str, Any]:
         """GET; returns the reply's JSON object. Raises ServerError as `call` does."""
         reply = await self._request("GET", route, None, timeout_s)
-        if reply.status_code != 200:
-            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
         try:
-            found = reply.json() if reply.content else {}
+            found = json.loads(reply) if reply else {}
         except ValueError as error:
-            raise ServerError(f"{self.name}: {route} did not answer with JSON: {reply.text[:300]}") from error
+            raise ServerError(f"{self.name}: {route} did not answer with JSON: {_begin_of(reply)}") from error
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:
@@ -235,27 +204,20 @@ class ServerClient:
                 raise RefusedError(f"{error} (a request with {size})") from error
             raise
         try:
-            ids, meta = list(map(int, reply["output_ids"] or [])), reply["meta_info"]
-            finish_reason = _FINISH[meta["finish_reason"]["type"]]
-            # A request that was aborted before it began has no log-probs.
-            pairs = meta["output_token_logprobs"] if ids or finish_reason != "abort" else []
-            logprobs, of = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
-            routing = _routing(meta) if parameters.routing and finish_reason != "abort" else array("B")
-            found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")), routing=routing)
+            return read_generated(reply, routing=parameters.routing)
+        except OtherTokensError as error:
+            raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated") from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ServerError(f"{self.name}: /generate returned an unexpected reply ({error!r}): {str(reply)[:300]}") from error
-        if of != ids:
-            raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
-        return found
+            raise ServerError(f"{self.name}: /generate returned an unexpected reply ({error!r}): {_begin_of(reply)}") from error
 
-    async def _complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply to `/generate`. A reply restarts the timeout of all other requests in flight, up to `PATIENCE` timeouts in
-        total, because a server may lose a request."""
+    async def _complete(self, body: dict[str, Any], timeout_s: float) -> bytes:
+        """The body of the reply to `/generate`. A reply restarts the timeout of all other requests in flight, up to `PATIENCE`
+        timeouts in total, because a server may lose a request."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 self._deadlines[deadline] = timeout_s, asyncio.get_running_loop().time() + PATIENCE * timeout_s
                 try:
-                    reply = await self.call("/generate", body, timeout_s=None)
+                    reply = await self._request("POST", "/generate", body, None)
                 finally:
                     del self._deadlines[deadline]
         except TimeoutError as error:
@@ -271,19 +233,5 @@ class ServerClient:
         await self.call("/abort_request", {"rid": rid, "abort_all": False}, timeout_s=timeout_s)
 
 
-def of_expert_layers(routing: array[int], model: Architecture) -> array[int]:
-    """Convert `Generated.routing` to that of `Sample`: without the dense layers, for which SGLang (0.5.21) returns zeros.
-    Unchanged if the reply does not include dense layers."""
-    experts = model.experts
-    if experts is None or not experts.dense_layers or len(routing) % (model.layers * experts.per_token):
-        return routing
-    chosen = np.frombuffer(routing, np.uint8).reshape(-1, model.layers, experts.per_token)
-    if chosen[:, sorted(experts.dense_layers)].any():  # it has only expert layers, and its size fits by chance
-        return routing
-    return array("B", chosen[:, model.expert_layers].tobytes())
-
-
-def _routing(meta: dict[str, Any]) -> array[int]:
-    """Decode SGLang's base64 of int32 [tokens, layers, experts per token] (`state_capturer/routed_experts.py`, 0.5.21)."""
-    experts = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), np.int32)
-    return array("B", experts.astype(np.uint8).tobytes())
+def _begin_of(reply: bytes) -> str:
+    return reply[:300].decode(errors="replace")

@@ -17,13 +17,15 @@ from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeou
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected, groups_of
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.loads import LoadMonitor
 from etr_megatron.rollout.sglang.places import hosts_away
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.restart_backoff import RestartBackoff
 from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import SendQueue
@@ -126,6 +128,8 @@ class Control:
             exclusive=not config.urls,
             suspicions=Suspicions.read(logs / _SUSPICIONS),
         )
+        self.loads = LoadMonitor(lambda: fleet.serving, lambda: self.stream.in_flight)
+        self._watching = asyncio.run_coroutine_threadsafe(self.loads.run(), self.loop)
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
         if sync_of(config) == "tensor" and config.urls:
@@ -351,6 +355,7 @@ class Control:
 
     def close(self) -> None:
         """Abort the requests in flight, leave the weight group, stop the router and the event loop."""
+        self._watching.cancel()
         self.run(self.stream.stop(abort=True, held_s=_CLOSE_S))
         self.run(self._delivery.close())
         self.run(self._http.aclose())

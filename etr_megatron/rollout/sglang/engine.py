@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,13 +28,14 @@ from etr_megatron.rollout.engine import (
     sample_seed,
 )
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0_until_stopped
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, of_expert_layers
+from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.job_servers import JobServers
 from etr_megatron.rollout.sglang.machines import ServerSetting
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
+from etr_megatron.rollout.sglang.replies import Generated, of_expert_layers
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender, at_servers
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
@@ -202,6 +202,8 @@ class SglangEngine:
           (`tail_str` in SGLang's schedule_batch.py)
         - one in the last tokens of an aborted request
         """
+        if not self._serving.stop_strings:
+            return reply
         end = self._serving.stop_strings.end([*turn, *reply.ids], len(turn))
         if end is None:
             return reply
@@ -211,9 +213,8 @@ class SglangEngine:
         return replace(reply, ids=reply.ids[:kept], logprobs=reply.logprobs[:kept], finish_reason="stop", routing=routing)
 
     def _sample(self, index: int, reply: Generated) -> Sample:
-        ids, logprobs = array("i", reply.ids), array("d", reply.logprobs)
         routing = of_expert_layers(reply.routing, self._serving.architecture)
-        return Sample(index, ids, logprobs, reply.finish_reason, self.weight_version, routing=routing)
+        return Sample(index, reply.ids, reply.logprobs, reply.finish_reason, self.weight_version, routing=routing)
 
     def submit(self, draws: Sequence[Draw]) -> None:
         """See `StreamingEngine.submit`."""
@@ -341,7 +342,8 @@ class SglangEngine:
 
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`."""
-        return {} if self._control is None else {"servers_serving": len(self._control.serving())}
+        control = self._control
+        return {} if control is None else {"servers_serving": len(control.serving()), **control.loads.take()}
 
     def close(self) -> None:
         """Stop the servers that were started here and wait until all their processes have ended. Not a collective."""

@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from etr_megatron.rollout.engine import EngineGoneError, Place, RefusedError
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.liveness import LivenessMonitor
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import queue
 import uuid
+from array import array
 from collections import defaultdict
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +14,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError, Place
-from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.dispatch import Dispatch
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.groups import AttentionGroups
+from etr_megatron.rollout.sglang.replies import Generated
 from etr_megatron.rollout.sglang.suspicions import Suspicions
 
 _ABORT_TIMEOUT_S = 20.0
@@ -395,4 +397,4 @@ class RequestStream:
 
 
 def _given_up(why: str) -> Generated:
-    return Generated([], [], "abort", "", why)
+    return Generated(array("i"), array("d"), "abort", "", why)
