@@ -19,7 +19,7 @@ from etr_megatron.platform.background_loop import BackgroundLoop
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.dialogues import Dialogues
-from etr_megatron.rollout.engine import Draw, Drawn, Place
+from etr_megatron.rollout.engine import GenerationOutput, GenerationRequest, Place
 from etr_megatron.rollout.rollout_buffer import RolloutBuffer
 from etr_megatron.types import Problem
 from tests.graders import Graders
@@ -42,13 +42,13 @@ class Engine:
 
     def __init__(self, lengths=lambda problem, index: 4, beside: int = 0, bad=(), finish: str = "stop") -> None:
         self.bad, self._finish = bad, finish
-        self.submitted: list[tuple[Draw, list[int]]] = []
+        self.submitted: list[tuple[GenerationRequest, list[int]]] = []
         self.weight_version, self._lengths, self._under_way, self._beside = 0, lengths, [], beside
         self.asked, self.is_gone, self.needs_sync = 0, False, False
 
     def submit(self, draws):
-        self.asked += sum(not draw.drawn for draw in draws)
-        self.submitted += [(draw, list(draw.drawn)) for draw in draws]
+        self.asked += sum(not draw.generated_ids for draw in draws)
+        self.submitted += [(draw, list(draw.generated_ids)) for draw in draws]
         self._under_way += [(draw, []) for draw in draws]
 
     def wait(self, timeout_s):
@@ -63,12 +63,12 @@ class Engine:
 
     def _draw(self):
         for draw, drawn in self._under_way:
-            drawn.append(len(draw.drawn) + len(drawn))
+            drawn.append(len(draw.generated_ids) + len(drawn))
         under_way, self._under_way, found = self._under_way, [], []
         for draw, drawn in under_way:
             if draw.problem.id in self.bad:
                 why = f"{draw.problem.id} is bad"
-                found.append(Drawn(draw.key, [], [], "abort", self.weight_version, given_up=why))
+                found.append(GenerationOutput(draw.key, [], [], "abort", self.weight_version, given_up=why))
             elif finish := self._end_of(draw, drawn):
                 found.append(self._answer(draw, drawn, finish))
             else:
@@ -76,7 +76,7 @@ class Engine:
         return found
 
     def _end_of(self, draw, drawn) -> str:
-        return self._finish if len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index) else ""
+        return self._finish if len(draw.generated_ids) + len(drawn) >= self._lengths(draw.problem, draw.index) else ""
 
     def stop(self, *, abort):
         found = [one for _ in range(self._beside) for one in self._draw()]
@@ -88,20 +88,20 @@ class Engine:
 
     def _answer(self, draw, drawn, finish):
         logprobs, place = [-n - self.weight_version / 10 for n in drawn], Place(f"s{draw.key % 3}", draw.key % 2)
-        return Drawn(draw.key, drawn, logprobs, finish, self.weight_version, place=place)
+        return GenerationOutput(draw.key, drawn, logprobs, finish, self.weight_version, place=place)
 
 
 class Talker(Engine):
     """As `Engine`, but draws turns; `turn_length` says how long they are."""
 
     def _end_of(self, draw, drawn) -> str:
-        ids = [*draw.drawn, *drawn]
+        ids = [*draw.generated_ids, *drawn]
         begin = max((place + 1 for place, token in enumerate(ids) if token >= REPLY), default=0)
         assert draw.turn_begin == begin
         turn = 1 + sum(token >= REPLY > after for token, after in itertools.pairwise(ids))
         if len(ids) - begin >= turn_length(int(draw.problem.answer), draw.index, turn):
             return "stop"
-        return "length" if len(drawn) >= draw.room else ""
+        return "length" if len(drawn) >= draw.max_new_tokens else ""
 
 
 REPLY = 1000

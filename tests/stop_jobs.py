@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.embedded import EmbeddedEngine
-from etr_megatron.rollout.engine import Draw, Drawn
+from etr_megatron.rollout.engine import GenerationOutput, GenerationRequest
 from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient
 from etr_megatron.rollout.stops import StopStrings
 from etr_megatron.types import Problem
@@ -68,11 +68,11 @@ def served(
         problems = problems_of(prompts)
         engine.submit(
             [
-                Draw(number, problem, 0, sampling, group[0].response_ids[:-1])
+                GenerationRequest(number, problem, 0, sampling, group[0].response_ids[:-1])
                 for number, (problem, group) in enumerate(zip(problems, groups, strict=True))
             ]
         )
-        rest: list[Drawn] = []
+        rest: list[GenerationOutput] = []
         while len(rest) < len(problems):
             rest += engine.wait(60.0)
         (client,) = engine._control.fleet.clients
@@ -134,7 +134,9 @@ def continued(
     engine = engine_of(policy, model, directory, probe_every=0, stop_strings=StopStrings(texts, letters), **settings)
     try:
         engine.update_weights(policy.export(), version=1)
-        draw = Draw(0, Problem("p", "", "", [3, 4]), 0, Sampling(1, limit, 1.0, 1, 1, routing=False), drawn, turn_begin)
+        draw = GenerationRequest(
+            0, Problem("p", "", "", [3, 4]), 0, Sampling(1, limit, 1.0, 1, 1, routing=False), drawn, turn_begin
+        )
         engine.submit([draw])
         while pauses and not states_of(engine)["SGLang server 0"]["waiting"]:
             time.sleep(0.02)

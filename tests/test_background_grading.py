@@ -32,8 +32,8 @@ from tests.test_background_loop import no_thread_is_left, until
 __all__ = ["no_thread_is_left", "without_background"]  # fixtures
 
 
-def all_judged(buffer: RolloutBuffer) -> bool:
-    return all(held.is_judged for held in buffer._groups)
+def all_rewarded(buffer: RolloutBuffer) -> bool:
+    return all(held.is_rewarded for held in buffer._groups)
 
 
 @pytest.mark.parametrize("environment", [None, Environment()], ids=["single turns", "dialogues"])
@@ -41,7 +41,7 @@ def test_what_ends_while_the_ranks_train_is_graded_meanwhile(environment):
     buffer, phases = buffer_of(Talker(), environment=environment, max_staleness=1), []
     buffer.take(1, timer)
     assert len(buffer._groups) == 4
-    until(lambda: all_judged(buffer))
+    until(lambda: all_rewarded(buffer))
     sync(buffer, buffer._engine)
     taken = buffer.take(2, lambda phase: phases.append(phase) or contextlib.nullcontext())
     assert not phases and all(sample.reward is not None for group in taken.groups for sample in group.samples)
@@ -79,7 +79,7 @@ def test_the_grade_of_a_response_that_is_no_longer_needed_is_ignored(what, witho
     first.redo_older_than(1) if what == "redone" else buffer._give_up(first, "it is bad")
     graders_of(buffer).is_slow = lambda: False
     buffer._accept_grades(0.0)
-    assert [held.is_judged for held in buffer._groups] == [False] * (what == "redone") + [True] * 3
+    assert [held.is_rewarded for held in buffer._groups] == [False] * (what == "redone") + [True] * 3
     assert len(buffer._grades) == 6 and not buffer._grading.is_pending
 
 
@@ -115,7 +115,7 @@ def test_what_goes_wrong_in_grading_while_the_ranks_train_ends_the_next_step_and
     grade, graders.is_slow = graders.grade, lambda: len(buffer._grading._pending) < 8
     graders.grade = lambda requests: (grade if int(requests[0].answer) < 4 else function)(requests)
     buffer.take(1, timer)
-    until(lambda: buffer._background._error is not None or all_judged(buffer))
+    until(lambda: buffer._background._error is not None or all_rewarded(buffer))
     state = through_disk(buffer.state_dict())
     assert all(sample["reward"] is None for held in state["in_hand"] for sample in held["group"]["samples"])
     with pytest.raises(UngradedError, match=message):

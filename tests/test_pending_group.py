@@ -7,7 +7,7 @@ from array import array
 
 from safetensors.torch import load, save
 
-from etr_megatron.rollout.engine import Drawn
+from etr_megatron.rollout.engine import GenerationOutput
 from etr_megatron.rollout.pending_group import PendingGroup, extend, pack, unpack
 from etr_megatron.types import Group, Problem, Sample
 
@@ -22,9 +22,9 @@ def test_a_response_has_the_version_of_each_token_only_where_there_are_several()
     sample = Sample(0, [], [], "abort", 2)
     steps = [((), 3, [], 3), ((4, 5), 3, [], 3), ((), 6, [], 3), ((6,), 6, [3, 3, 6], 6), ((), 7, [3, 3, 6], 6)]
     for ids, version, each, last in steps:
-        extend(sample, Drawn(0, list(ids), [-one / 8 for one in ids], "abort", version))
+        extend(sample, GenerationOutput(0, list(ids), [-one / 8 for one in ids], "abort", version))
         assert sample.weight_versions.tolist() == each and sample.weight_version == last
-    extend(sample, Drawn(0, [7, 8], [-0.875, -1.0], "stop", 7))
+    extend(sample, GenerationOutput(0, [7, 8], [-0.875, -1.0], "stop", 7))
     assert sample.response_ids.tolist() == [4, 5, 6, 7, 8] and sample.token_versions().tolist() == [3, 3, 6, 7, 7]
     assert sample.rollout_logprobs.tolist() == [-0.5, -0.625, -0.75, -0.875, -1.0] and sample.finish_reason == "stop"
 
@@ -66,19 +66,19 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
 def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
     """The keys and values of a continued response are recomputed from its first token on."""
     sample = Sample(0, [], [], "abort", 1)
-    extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
+    extend(sample, GenerationOutput(0, [5, 6], [-1.0, -2.0], "abort", 1))
     assert not sample.routing
-    extend(sample, Drawn(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
-    extend(sample, Drawn(0, [], [], "abort", 2))
+    extend(sample, GenerationOutput(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
+    extend(sample, GenerationOutput(0, [], [], "abort", 2))
     assert sample.routing == array("B", [1, 2, 3])
-    extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
+    extend(sample, GenerationOutput(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
     assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
 
 
 def test_what_goes_on_while_a_checkpoint_is_written_is_not_in_it():
     sample = Sample(0, [4], [-0.5], "turn", 3, loss_mask=[1], messages=[{"role": "assistant", "content": "4"}])
     packed, columns = pack([held(sample)])
-    extend(sample, Drawn(0, [5], [-0.25], "stop", 4))
+    extend(sample, GenerationOutput(0, [5], [-0.25], "stop", 4))
     sample.messages += [{"role": "user", "content": "and?"}]
     (again,) = unpack(packed, columns)
     (found,) = again.group.samples

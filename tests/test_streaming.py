@@ -158,7 +158,7 @@ def test_no_step_asks_for_a_problem_twice_and_a_response_is_drawn_on_with_its_ow
     new = Counter((draw.problem.id, draw.index, draw.sampling.step) for draw, drawn in engine.submitted if not drawn)
     assert max(new.values()) == 1 and len(new) > 60
     for draw, drawn in engine.submitted:
-        assert list(draw.drawn) == drawn  # as it was when submitted
+        assert list(draw.generated_ids) == drawn  # as it was when submitted
         assert (draw.problem.id, draw.index, draw.sampling.step) in new
 
 

@@ -81,7 +81,7 @@ class OtherModelError(UserError):
     """Every server computes something different from the trainer; the policy is unharmed."""
 
 
-LOOK_S = 1.0
+STOP_POLL_S = 1.0
 """Interval in seconds at which a wait for responses checks whether a rank must stop."""
 
 MustStop = Callable[[], bool]
@@ -162,32 +162,34 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A response to draw or to continue.
+class GenerationRequest:
+    """A response to generate or to continue.
 
-    key: chosen by the caller. sampling: for this problem alone. drawn: the response tokens so far, which count towards
+    key: chosen by the caller. sampling: for this problem alone. generated_ids: the response tokens so far, which count towards
     `Sampling.max_tokens`. turn_begin: how many of them precede the current turn; stop strings are matched in the text of the
-    current turn alone. cached_at: where the last turn was drawn and is cached (its `Drawn.place`); None if nowhere.
+    current turn alone. cached_at: where the last turn was generated and is cached (its `GenerationOutput.place`); None if
+    nowhere.
     """
 
     key: int
     problem: Problem
     index: int
     sampling: Sampling
-    drawn: Sequence[int] = ()
+    generated_ids: Sequence[int] = ()
     turn_begin: int = 0
     cached_at: Place | None = None
 
     @property
-    def room(self) -> int:
-        """Number of tokens that may still be drawn."""
-        return self.sampling.max_tokens_of([self.problem])[0] - len(self.drawn)
+    def max_new_tokens(self) -> int:
+        """Number of tokens that may still be generated."""
+        return self.sampling.max_tokens_of([self.problem])[0] - len(self.generated_ids)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The tokens drawn after `Draw.drawn`, all from one weight version. finish_reason: "abort" if generation was cut off.
+class GenerationOutput:
+    """The tokens generated after `GenerationRequest.generated_ids`, all from one weight version.
 
+    finish_reason: "abort" if generation was cut off.
     routing: for all tokens, beginning with the first of the prompt, see `Sample`.
     given_up: why the engine has given this response up; empty if it has not.
     place: where the tokens were drawn, if there are servers.
@@ -207,18 +209,18 @@ class StreamingEngine(RolloutEngine, Protocol):
     """An engine that generates while the ranks do other work. The methods added here are not collectives: only rank 0 calls
     them."""
 
-    def submit(self, draws: Sequence[Draw]) -> None:
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Start these requests in order, as capacity allows; `wait` or `stop` answers each of them once."""
         ...
 
-    def wait(self, timeout_s: float) -> list[Drawn]:
+    def wait(self, timeout_s: float) -> list[GenerationOutput]:
         """Responses that have arrived since the last call; waits for at least one, up to `timeout_s`.
 
         Raises EngineGoneError, NeedsSyncError and RefusedError.
         """
         ...
 
-    def stop(self, *, abort: bool) -> list[Drawn]:
+    def stop(self, *, abort: bool) -> list[GenerationOutput]:
         """Responses that have arrived since the last call; no request is in flight when this returns. Never raises.
 
         abort: cut off the requests in flight; otherwise wait for them. Requests that the engine could not answer must be

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etr_megatron.rollout.engine import Drawn, Place
+from etr_megatron.rollout.engine import GenerationOutput, Place
 from etr_megatron.rollout.record import group_from_json, group_to_json
 from etr_megatron.types import Group, Problem, Sample
 
@@ -56,10 +56,10 @@ class PendingGroup:
     @property
     def is_ready(self) -> bool:
         """Whether it can be trained on: complete, rewarded, not left out."""
-        return not self.is_left_out and self.is_judged
+        return not self.is_left_out and self.is_rewarded
 
     @property
-    def is_judged(self) -> bool:
+    def is_rewarded(self) -> bool:
         """Whether it is complete and rewarded."""
         return all(sample.reward is not None for sample in self.group.samples)
 
@@ -95,18 +95,18 @@ def summed_ages(sample: Sample, version: int) -> int:
     return int(ages.sum(where=np.frombuffer(sample.loss_mask, np.bool_)) if sample.loss_mask else ages.sum())
 
 
-def extend(sample: Sample, drawn: Drawn) -> None:
-    """Append the drawn tokens with their log-probs and versions (in place; the caller owns the sample)."""
-    versions = sample.token_versions() + array("i", [drawn.weight_version]) * len(drawn.ids)
+def extend(sample: Sample, output: GenerationOutput) -> None:
+    """Append the generated tokens with their log-probs and versions (in place; the caller owns the sample)."""
+    versions = sample.token_versions() + array("i", [output.weight_version]) * len(output.ids)
     if sample.loss_mask:
-        sample.loss_mask.extend([1] * len(drawn.ids))
-    sample.response_ids.extend(drawn.ids)
-    sample.rollout_logprobs.extend(drawn.logprobs)
-    sample.finish_reason = drawn.finish_reason
-    sample.weight_version = versions[-1] if versions else drawn.weight_version
+        sample.loss_mask.extend([1] * len(output.ids))
+    sample.response_ids.extend(output.ids)
+    sample.rollout_logprobs.extend(output.logprobs)
+    sample.finish_reason = output.finish_reason
+    sample.weight_version = versions[-1] if versions else output.weight_version
     sample.weight_versions = versions if len(set(versions)) > 1 else array("i")
-    if drawn.routing:  # covers the earlier tokens too, because their KV cache was recomputed
-        sample.routing = drawn.routing
+    if output.routing:  # covers the earlier tokens too, because their KV cache was recomputed
+        sample.routing = output.routing
 
 
 def pack(groups: Sequence[PendingGroup]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

@@ -21,10 +21,10 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, LateSteps, UngradedError, all_failed, fill_in, report_errors
 from etr_megatron.rollout.engine import (
-    LOOK_S,
-    Draw,
-    Drawn,
+    STOP_POLL_S,
     EngineGoneError,
+    GenerationOutput,
+    GenerationRequest,
     MustStop,
     NeedsSyncError,
     RefusedError,
@@ -89,12 +89,12 @@ class RolloutBuffer:
         while True:
             self._ask(step, wanted)
             self._refuse_if_too_few()
-            if self._is_enough() or all(held.is_judged for held in self._groups):
+            if self._is_enough() or all(held.is_rewarded for held in self._groups):
                 break
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
             with timer("rollout" if any(held.missing for held in self._groups) else "reward"):
-                self._go_on(LOOK_S)
+                self._go_on(STOP_POLL_S)
         try:
             # Responses graded ahead may leave few grades to a step. Fewer than a group's do not show that nothing can be
             # graded; they count with the next step's.
@@ -226,7 +226,7 @@ class RolloutBuffer:
             if self._has(held, sample):
                 fill_in(sample, grade)
                 self._grades.append((grade, held.group.problem.id))
-                held.is_left_out = self._config.rollout.dynamic_sampling and held.is_judged and held.group.has_zero_variance
+                held.is_left_out = self._config.rollout.dynamic_sampling and held.is_rewarded and held.group.has_zero_variance
 
     def _has(self, held: PendingGroup, sample: Sample) -> bool:
         """Whether the sample is still needed: its group was not given up, and the sample was not replaced by an empty one."""
@@ -257,7 +257,7 @@ class RolloutBuffer:
 
     def _continue(self, missing: Iterable[tuple[PendingGroup, Sample]]) -> None:
         """Submit these samples to the engine, or to the environment if their turn has ended."""
-        draws = []
+        requests = []
         for held, sample in missing:
             if sample.finish_reason == "turn":
                 self._have_replied(held, sample)
@@ -267,17 +267,17 @@ class RolloutBuffer:
             sampling = sampling_of(self._config, held.step)
             drawn, begin = sample.response_ids[:], sample.turn_begin
             cached_at = held.places.get(sample.index)
-            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin, cached_at))
-        if draws:
-            self._engine.submit(draws)
+            requests.append(GenerationRequest(key, held.group.problem, sample.index, sampling, drawn, begin, cached_at))
+        if requests:
+            self._engine.submit(requests)
 
     def _have_replied(self, held: PendingGroup, sample: Sample) -> None:
         if self._dialogues is not None and id(sample) not in self._replying:
             self._replying[id(sample)] = held, sample
             self._dialogues.submit(self, held.group, sample, self._config.rollout.max_response_tokens)
 
-    def _accept(self, drawn: Iterable[Drawn]) -> None:
-        for one in drawn:
+    def _accept(self, outputs: Iterable[GenerationOutput]) -> None:
+        for one in outputs:
             held, sample = self._under_way.pop(one.key)
             if one.given_up:
                 self._give_up(held, one.given_up)
@@ -323,7 +323,7 @@ class RolloutBuffer:
             return False
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
         return not any(
-            held.is_redone if held.missing else not held.is_judged and held.oldest_version <= oldest for held in self._groups
+            held.is_redone if held.missing else not held.is_rewarded and held.oldest_version <= oldest for held in self._groups
         )
 
     def _choose(self, step: int) -> Rollouts:

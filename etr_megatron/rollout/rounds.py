@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.collect import generate_groups
-from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
+from etr_megatron.rollout.engine import STOP_POLL_S, GenerationOutput, MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.pending_group import extend
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, append_reply_tokens
@@ -92,7 +92,7 @@ def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: Must
 
 
 def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, turn: int, must_stop: MustStop) -> None:
-    """Draw turn number `turn` of all these responses. The seed of each depends on its problem's id, sample index and turn."""
+    """Generate turn `turn` of all these responses. The seed of each depends on its problem's id, sample index and turn."""
     if not opened:
         return
     problems = [
@@ -108,7 +108,7 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
     drawn = engine.generate(problems, replace(sampling, samples=1, max_tokens=left, continued=names), must_stop)
     for one, (new,) in zip(opened, drawn, strict=True):
         ids, logprobs = new.response_ids, new.rollout_logprobs
-        extend(one.sample, Drawn(0, ids, logprobs, new.finish_reason, new.weight_version, routing=new.routing))
+        extend(one.sample, GenerationOutput(0, ids, logprobs, new.finish_reason, new.weight_version, routing=new.routing))
 
 
 def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop) -> list[_Replied | None]:
@@ -126,7 +126,7 @@ def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop)
         if must_stop():
             dialogues.forget(_OWNER)
             raise StopAskedError("told to stop (SIGTERM) while the environment was asked for replies")
-        missing -= len(dialogues.ended(_OWNER, LOOK_S))
+        missing -= len(dialogues.ended(_OWNER, STOP_POLL_S))
     samples = (one.sample for one in opened)
     return [
         _Replied(sample.finish_reason, sample.response_ids[size:].tolist(), sample.environment_status) if is_asked else None

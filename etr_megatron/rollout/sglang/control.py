@@ -16,7 +16,7 @@ import httpx
 from etr_megatron.config import SglangConfig, request_timeout_of, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.rollout.engine import LOOK_S, MustStop, Place, RefusedError
+from etr_megatron.rollout.engine import STOP_POLL_S, MustStop, Place, RefusedError
 from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
@@ -151,7 +151,7 @@ class Control:
     def run_until_stopped(self, what: Coroutine[Any, Any, T], must_stop: MustStop) -> T:
         """As `run`; once `must_stop()` is true, cancels `what` and raises StopAskedError."""
         future = asyncio.run_coroutine_threadsafe(what, self.loop)
-        while not wait([future], timeout=LOOK_S).done:
+        while not wait([future], timeout=STOP_POLL_S).done:
             if must_stop():
                 future.cancel()
                 raise StopAskedError("told to stop (SIGTERM) while waiting for responses")

@@ -16,9 +16,9 @@ from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.platform.all_ranks import on_all_ranks
 from etr_megatron.rollout.engine import (
-    Draw,
-    Drawn,
     EngineGoneError,
+    GenerationOutput,
+    GenerationRequest,
     MustStop,
     OtherModelError,
     Place,
@@ -94,7 +94,7 @@ class SglangEngine:
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
-        self._draws: dict[int, Draw] = {}
+        self._submitted: dict[int, GenerationRequest] = {}
         self._drew: dict[str, Place | None] = {}  # on rank 0: name of each response of the last `generate` -> where
         self._control: Control | None = None
         needs = dict(routing=serving.routing, tokenizer=bool(serving.stop_strings))
@@ -216,42 +216,44 @@ class SglangEngine:
         routing = of_expert_layers(reply.routing, self._serving.architecture)
         return Sample(index, reply.ids, reply.logprobs, reply.finish_reason, self.weight_version, routing=routing)
 
-    def submit(self, draws: Sequence[Draw]) -> None:
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """See `StreamingEngine.submit`."""
-        self._draws |= {draw.key: draw for draw in draws}
+        self._submitted |= {request.key: request for request in requests}
         stream = self._speaker.stream
         # Dialogues that have begun go first: their groups are the oldest, and servers still have their tokens cached.
         for first in (True, False):
-            requests = {draw.key: self._request(draw) for draw in draws if bool(draw.turn_begin) == first}
-            if requests:
-                self._speaker.run(stream.submit(requests, first=first))
+            chosen = {request.key: self._request(request) for request in requests if bool(request.turn_begin) == first}
+            if chosen:
+                self._speaker.run(stream.submit(chosen, first=first))
 
-    def wait(self, timeout_s: float) -> list[Drawn]:
+    def wait(self, timeout_s: float) -> list[GenerationOutput]:
         """See `StreamingEngine.wait`."""
-        return [self._drawn(key, reply) for key, reply in self._speaker.stream.wait(timeout_s)]
+        return [self._output(key, reply) for key, reply in self._speaker.stream.wait(timeout_s)]
 
-    def stop(self, *, abort: bool) -> list[Drawn]:
+    def stop(self, *, abort: bool) -> list[GenerationOutput]:
         """See `StreamingEngine.stop`."""
         replies = self._speaker.run(self._speaker.stream.stop(abort=abort))
-        found = [self._drawn(key, reply) for key, reply in replies]
-        self._draws.clear()
+        found = [self._output(key, reply) for key, reply in replies]
+        self._submitted.clear()
         return found
 
-    def _request(self, draw: Draw) -> Request:
-        parameters = self._parameters(draw.problem, draw.index, draw.sampling, draw.room)
-        return Request([*draw.problem.prompt_ids, *draw.drawn], parameters, draw.problem.id, draw.cached_at)
+    def _request(self, request: GenerationRequest) -> Request:
+        parameters = self._parameters(request.problem, request.index, request.sampling, request.max_new_tokens)
+        return Request([*request.problem.prompt_ids, *request.generated_ids], parameters, request.problem.id, request.cached_at)
 
-    def _drawn(self, key: int, reply: Generated) -> Drawn:
-        draw = self._draws.pop(key)
-        reply = self._until_stop(reply, len(draw.problem.prompt_ids) + len(draw.drawn), draw.drawn[draw.turn_begin :])
+    def _output(self, key: int, reply: Generated) -> GenerationOutput:
+        request = self._submitted.pop(key)
+        before = len(request.problem.prompt_ids) + len(request.generated_ids)
+        reply = self._until_stop(reply, before, request.generated_ids[request.turn_begin :])
         finish = reply.finish_reason
         if finish == "abort" and reply.ids:  # the abort may have come right after the last token
             if reply.ids[-1] in self._stop_ids:
                 finish = "stop"
-            elif len(reply.ids) >= draw.room:
+            elif len(reply.ids) >= request.max_new_tokens:
                 finish = "length"
         routing = of_expert_layers(reply.routing, self._serving.architecture)
-        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing, reply.place)
+        version = self.weight_version
+        return GenerationOutput(key, reply.ids, reply.logprobs, finish, version, reply.given_up, routing, reply.place)
 
     def update_weights(self, weights: WeightSource, version: int, must_stop: MustStop = never) -> None:
         """See `RolloutEngine.update_weights`.
