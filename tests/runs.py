@@ -71,6 +71,11 @@ class Runs:
     def is_held(self) -> bool:
         return (self.folder / "held").exists()
 
+    @property
+    def held_pid(self) -> int:
+        """Of rank 0 of the run that is held."""
+        return int((self.folder / "held.pid").read_text())
+
     def let_go(self) -> None:
         (self.folder / "held.over").touch()
 
@@ -103,8 +108,14 @@ class Runs:
         assert saved and self.rows(name, times=True)[: len(saved)] == saved
 
 
+def other_rank(launcher: int, rank: int) -> int:
+    """The process id of the other one of a job's two ranks."""
+    (other,) = {*map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())} - {rank}
+    return other
+
+
 def rank_of(launcher: int, rank: int) -> int:
-    """The process id of a rank."""
+    """The process id of a rank of a run that was started cold: of others, /proc does not show the environment."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
             return int(child)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.runs import HELD, rank_of, wait_for
+from tests.runs import HELD, other_rank, wait_for
 
 QUICK = ["run.name=early", "run.steps=1", "eval.every=0", "run.stop_grace_s=600"]
 
@@ -40,7 +40,7 @@ def test_sigterm_while_the_model_is_loaded_asks_to_be_started_again(runs):
 def test_sigterm_does_not_let_a_rank_wait_for_one_that_it_ended_before_it_joined(runs, monkeypatch):
     late = runs.folder / "late"
     monkeypatch.setenv("LATE", str(late))
-    process = runs.start(*QUICK, "reward.function=tests.late_mistake:digit_sum_is_even", cold=True)
+    process = runs.start(*QUICK, "reward.function=tests.late_mistake:digit_sum_is_even")
     wait_for(lambda: late.exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)  # shorter than the grace
@@ -62,8 +62,8 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_with_its_host_in_the_runs_state(runs):
-    process = runs.held("step 1", *QUICK, "run.steps=2", cold=True)
-    killed = rank_of(process.pid, 1)
+    process = runs.held("step 1", *QUICK, "run.steps=2")
+    killed = other_rank(process.pid, runs.held_pid)
     os.kill(killed, signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 1, out + err
@@ -75,8 +75,8 @@ def test_a_rank_that_is_killed_is_named_with_its_host_in_the_runs_state(runs):
 @pytest.mark.slow
 def test_a_rank_that_is_lost_while_the_model_is_loaded_fails_the_run_before_the_grace_is_over(runs):
     # torchrun sends the other rank SIGTERM, as a scheduler would.
-    process = runs.held("loading 0", *QUICK, cold=True)  # so that /proc has its environment
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    process = runs.held("loading 0", *QUICK)
+    os.kill(other_rank(process.pid, runs.held_pid), signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 1, out + err
     assert status_of(runs) in (None, ("failed", 0))
