@@ -109,7 +109,8 @@ class Process:
 def start(
     command: Sequence[str], environment: dict[str, str], output: Path | None = None, **how: Any
 ) -> subprocess.Popen[str] | Process:
-    """`python -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with pipes as stdout and stderr.
+    """`python -m MODULE ARGUMENTS...`, `python SCRIPT ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with
+    pipes as stdout and stderr.
 
     output: a file that both go to instead. how: see `enter`; of use only where warm starts are possible.
     """
@@ -143,7 +144,8 @@ def enter(
     """In a fork of the nursery: become the program.
 
     files: its stdin, stdout and stderr. host: the network namespace that it and its ranks are in, in a session of their own.
-    spares: how many ranks start warm when torchrun starts them again. privileged: whether it keeps the privileges of root.
+    spares: how many ranks start warm besides the first two, or when torchrun starts its ranks again. privileged: whether it
+    keeps the privileges of root.
     """
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -161,7 +163,8 @@ def enter(
 
 
 def _move_to(host: str) -> None:
-    """As `ip netns exec` does, with a /dev/shm of its own: processes that share one take themselves for one machine's."""
+    """As `ip netns exec` does but for /sys, and with a /dev/shm of its own: processes that share one take themselves for one
+    machine's."""
     new_mounts, new_network, private = 0x20000, 0x40000000, 0x44000  # CLONE_NEWNS, CLONE_NEWNET, MS_REC | MS_PRIVATE
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{host}") as namespace:
