@@ -14,18 +14,18 @@ from pathlib import Path
 import psutil
 
 from tests.rewards import digit_sum_is_even
-from tests.runs import wait_for
+from tests.runs import rank_of, wait_for
 
 __all__ = ["digit_sum_is_even"]
 
 
 def _waits() -> bool:
     """Whether the second rank has joined: it has a connection to the job's store."""
-    parent = os.getppid()
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if "RANK=1" in Path("/proc", child, "environ").read_text().split("\0"):
-            return any(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process(int(child)).net_connections("tcp"))
-    return False
+    try:
+        other = psutil.Process(rank_of(os.getppid(), 1))
+    except AssertionError:  # it is not there yet
+        return False
+    return any(one.status == psutil.CONN_ESTABLISHED for one in other.net_connections("tcp"))
 
 
 if os.environ.get("RANK") == "0" and "etr_megatron.checks" in sys.modules:  # its graders lack that

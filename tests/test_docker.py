@@ -8,11 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from functools import reduce
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from etr_megatron.errors import UserError
 from etr_megatron.preflight import image
@@ -36,6 +39,50 @@ def instructions(dockerfile: str) -> list[tuple[str, list[str]]]:
     text = re.sub(r"^#.*\n", "", (REPO / dockerfile).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     return [(name, shlex.split(rest)) for name, rest in lines]
+
+
+def closure(requirements: list[str]) -> dict[str, metadata.Distribution]:
+    """Distributions of the tests' environment that meet these requirements and, without those of extras that no one asks for,
+    the requirements of these."""
+    found: dict[str, metadata.Distribution] = {}
+    asked = [(Requirement(text), "") for text in requirements]
+    seen = set()
+    while asked:
+        requirement, extra = asked.pop()
+        is_needed = not requirement.marker or requirement.marker.evaluate({"extra": extra})
+        if (requirement, extra) in seen or not is_needed:
+            continue
+        seen.add((requirement, extra))
+        try:
+            distribution = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:  # pip will fetch it
+            continue
+        found[distribution.name] = distribution
+        texts = distribution.requires or []
+        asked += [(Requirement(text), name) for text in texts for name in ("", *requirement.extras)]
+    return found
+
+
+def base_image(folder: Path, *requirements: str) -> dict[str, str]:
+    """The environment variables of a new Python in which pip finds itself and what meets these requirements.
+
+    These files are links to those of the tests' environment, where tools/setup_env.sh had pip put them: to have it fetch and
+    unpack them again would take minutes.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    for distribution in closure(["pip", *requirements]).values():
+        for file in distribution.files or []:
+            if ".." in file.parts:  # a command, whose first line names another interpreter
+                continue
+            target = packages / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file.locate(), target)
+            except OSError:  # another file system
+                shutil.copy2(file.locate(), target)
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return env | {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -77,12 +124,11 @@ def test_nothing_that_is_copied_is_left_out_of_what_a_builder_is_sent():
 
 @pytest.mark.slow
 def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
-    """Every COPY and install step of Dockerfile.cpu, with a new Python as the base image, followed by its command."""
+    """Every COPY and install step of Dockerfile.cpu, with a new Python as the base image, followed by its command. The product
+    finds what it declares, without what only the tests need."""
     root, workspace = tmp_path / "opt", tmp_path / "workspace"
     workspace.mkdir()
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "python"], check=True)
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env |= {"PATH": f"{tmp_path / 'python' / 'bin'}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    env = base_image(tmp_path / "python", *tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"])
     values = {"/opt/etr_megatron": str(root), "${TORCH_INDEX_URL}": os.environ.get("TORCH_INDEX_URL", "")}
     command: list[str] = []
     for name, words in instructions("docker/Dockerfile.cpu"):
@@ -105,6 +151,8 @@ def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
         "train.lr_warmup_updates=0",
         "tiny.warm_start_steps=5",
         "tiny.layers=1",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
         "rollout.max_response_tokens=8",
         "eval.every=0",
     ]
@@ -165,7 +213,7 @@ def test_apex_comes_from_git_at_a_commit(gpu_step):
 def test_servers_of_the_gpu_image_run_in_the_environment_of_the_product(tmp_path):
     """The base image's Python may be in a virtual environment; a link to it would not run in that environment."""
     base, workspace = tmp_path / "base", tmp_path / "workspace"
-    subprocess.run([sys.executable, "-m", "venv", base], check=True)
+    env = base_image(base) | {"PIP_NO_DEPS": "1"}
     (packages,) = base.glob("lib/python3*/site-packages")
     for name, version in {"torch": "2.11.0", "sglang": "0.5.17"}.items():
         (packages / f"{name}.py").touch()
@@ -174,8 +222,6 @@ def test_servers_of_the_gpu_image_run_in_the_environment_of_the_product(tmp_path
             f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         )
     copy = shutil.copytree(REPO, tmp_path / "opt", ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env |= {"PATH": f"{base / 'bin'}:/usr/bin:/bin", "PIP_NO_DEPS": "1"}
     step = ["bash", str(copy / "docker" / "install_gpu.sh"), "product", str(copy), str(workspace)]
     done = subprocess.run(step, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -40,7 +40,7 @@ def test_sigterm_while_the_model_is_loaded_asks_to_be_started_again(runs):
 def test_sigterm_does_not_let_a_rank_wait_for_one_that_it_ended_before_it_joined(runs, monkeypatch):
     late = runs.folder / "late"
     monkeypatch.setenv("LATE", str(late))
-    process = runs.start(*QUICK, "reward.function=tests.late_mistake:digit_sum_is_even", cold=True)
+    process = runs.start(*QUICK, "reward.function=tests.late_mistake:digit_sum_is_even")
     wait_for(lambda: late.exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)  # shorter than the grace

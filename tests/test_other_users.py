@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from etr_megatron.rollout.record import write_record
+from tests import warm
 from tests.runs import REPO, SMALL
 from tests.test_rollout_records import group
 
@@ -37,9 +38,12 @@ pytestmark = pytest.mark.skipif(bool(why := _why_not()), reason=why)
 def unprivileged(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Python with `command`, run without the privilege to access other users' files."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*UNPRIVILEGED, sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, text=True
-    )
+    python = [sys.executable, *map(str, command)]
+    if not warm.IS_POSSIBLE:
+        return subprocess.run([*UNPRIVILEGED, *python], cwd=REPO, env=environment, capture_output=True, text=True)
+    process = warm.start(python, environment, privileged=False)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(python, process.returncode, out, err)
 
 
 def told(*command: str | Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from array import array
@@ -16,8 +15,8 @@ import torch.distributed as dist
 from etr_megatron.errors import UserError
 from etr_megatron.rollout import NeedsSyncError, rank0
 from etr_megatron.types import Sample
+from tests import warm
 from tests.ports import reserved_port
-from tests.runs import REPO
 
 pytestmark = pytest.mark.usefixtures("deadline")
 PROGRAM = """
@@ -25,12 +24,11 @@ import contextlib, datetime, os, signal, sys, threading, time
 import torch.distributed as dist
 from etr_megatron.rollout import rank0
 from tests.hang import collectives_within
-case, port, outputs = sys.argv[1], int(sys.argv[2]), [int(output) for output in sys.argv[4:]]
+case, port, outputs = sys.argv[1], int(sys.argv[2]), sys.argv[4:]
+os.setsid()
 rank0.BEAT_S, rank0.SILENCE_S, rank0.LATE_S = 0.2, float(sys.argv[3]), float(sys.argv[3]) + 1
 rank = int(os.fork() == 0)  # one process has imported everything for both
-os.dup2(outputs[rank], 1)
-for output in outputs:
-    os.close(output)
+os.dup2(os.open(outputs[rank], os.O_WRONLY), 1)
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case in ("stops", "absent") else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
@@ -81,44 +79,49 @@ os._exit(0)
 """
 
 
-def run_ranks(case: str, silence_s: float = 300) -> list[str]:
+@pytest.fixture
+def run_ranks(tmp_path):
     """The output of rank 0 and rank 1; if rank 0 stops, only of rank 1."""
-    pipes = [os.pipe() for _ in range(2)]
-    outputs = [write for _, write in pipes]
-    with reserved_port() as port, os.fdopen(pipes[0][0]) as first, os.fdopen(pipes[1][0]) as second:
-        command = [sys.executable, "-c", PROGRAM, case, str(port), str(silence_s), *map(str, outputs)]
-        ranks = subprocess.Popen(command, cwd=REPO, pass_fds=outputs, start_new_session=True)
-        for output in outputs:
-            os.close(output)
-        try:
-            return [second.read()] if case in ("stops", "absent") else [first.read(), second.read()]
-        finally:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
+    outputs = [str(tmp_path / f"rank{rank}") for rank in range(2)]
+    for output in outputs:
+        os.mkfifo(output)
+
+    def run(case: str, silence_s: float = 300) -> list[str]:
+        with reserved_port() as port:
+            command = [sys.executable, "-c", PROGRAM, case, str(port), str(silence_s), *outputs]
+            ranks = warm.start(command, {**os.environ}, tmp_path / "log")
+            try:
+                with open(outputs[0]) as first, open(outputs[1]) as second:
+                    return [second.read()] if case in ("stops", "absent") else [first.read(), second.read()]
+            finally:
+                os.killpg(ranks.pid, signal.SIGKILL)
+                ranks.wait()
+
+    return run
 
 
 @pytest.mark.slow
-def test_what_takes_longer_than_a_collective_may_is_waited_for_as_long_as_rank_0_lives():
+def test_what_takes_longer_than_a_collective_may_is_waited_for_as_long_as_rank_0_lives(run_ranks):
     assert run_ranks("long") == ["groups\nagain\n"] * 2
     assert "groups" not in run_ranks("short")[1]  # without `long`, a collective's limit applies
 
 
 @pytest.mark.slow
-def test_what_the_ranks_of_an_earlier_start_have_left_in_the_store_is_not_read():
+def test_what_the_ranks_of_an_earlier_start_have_left_in_the_store_is_not_read(run_ranks):
     assert run_ranks("left") == ["go on\ngroups\nagain\n", "groups\nagain\n"]
 
 
-def test_an_error_of_rank_0_is_every_ranks():
+def test_an_error_of_rank_0_is_every_ranks(run_ranks):
     assert run_ranks("fails") == ["ValueError: no servers\n"] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "seconds"), [("stops", 6), ("absent", 7)])  # it may come later than it may be silent
-def test_a_rank_0_that_stops_without_a_word_is_named(case, seconds):
+def test_a_rank_0_that_stops_without_a_word_is_named(run_ranks, case, seconds):
     assert run_ranks(case, silence_s=6) == [f"TimeoutError: rank 1: rank 0 has given no sign of life for {seconds} s\n"]
 
 
-def test_rank_0_learns_while_it_works_that_another_rank_must_stop():
+def test_rank_0_learns_while_it_works_that_another_rank_must_stop(run_ranks):
     assert run_ranks("stopped") == ["InterruptedError: told to stop\n"] * 2
 
 

@@ -16,6 +16,7 @@ from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
 from etr_megatron.job import _stop_ids
+from tests import warm
 from tests.runs import REPO
 
 ROWS = [
@@ -55,9 +56,10 @@ def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, m
         *("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "eval.max_response_tokens=64"),
         *(sets, "eval.problems=5", "arithmetic.eval_problems=7"),
     ]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "data.train: 12 problems; left out 1 over data.max_prompt_tokens=512 and 1 broken rows" in done.stderr
+    process = warm.start(command, {**os.environ})
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "data.train: 12 problems; left out 1 over data.max_prompt_tokens=512 and 1 broken rows" in printed
     rows = runs.rows("gsm8k")
     assert [row["step"] for row in rows] == [1, 2]
     for end, row in (("_start", rows[0]), ("", rows[-1])):
@@ -169,6 +171,7 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
 def test_plain_torchrun_prints_a_mistake_once_and_does_not_have_to_kill_a_rank_that_waits(runs, processes, mistake):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*torchrun, "examples/run_etr.sh", *runs.command(mistake, "run.stop_grace_s=900")[3:]]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and "SIGKILL" not in done.stderr
-    assert done.stderr.count("error: ") == 1 and mistake.split("=")[0] in done.stderr
+    process = warm.start(command, {**os.environ}, spares=processes - 2)
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 1 and "SIGKILL" not in printed
+    assert printed.count("error: ") == 1 and mistake.split("=")[0] in printed

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import warm
 from tests.ports import reserved_port
-from tests.runs import HELD, REPO, Runs, gone, wait_for
+from tests.runs import HELD, Runs, gone, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ class Torchruns:
 
     def __init__(self, runs: Runs, folder: Path, nodes: int, port: int) -> None:
         self._runs, self._folder, self._nodes, self._port = runs, folder, nodes, port
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | warm.Process] = []
 
     def start(self, *options: str, processes: int = 1, restarts: int = 0, **environment: str) -> None:
         for node in range(self._nodes):
@@ -34,10 +35,8 @@ class Torchruns:
             command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
             command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self._port)]
             env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
-            with open(self.output(node), "w") as file:
-                script = ["examples/run_etr.sh", *self._runs.command(*options)[3:]]
-                process = subprocess.Popen([*command, *script], cwd=REPO, env=env, stdout=file, stderr=file)
-            self.processes.append(process)
+            command += ["examples/run_etr.sh", *self._runs.command(*options)[3:]]
+            self.processes.append(warm.start(command, env, self.output(node), spares=processes * restarts))
 
     def output(self, node: int) -> Path:
         return self._folder / f"node{node}.log"
@@ -80,7 +79,7 @@ def parent(pid: int) -> int:
 
 
 def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes):
-    three_nodes.start(*OPTIONS, HELD, "run.steps=4", HOLD=runs.hold("step 2"))
+    three_nodes.start(*OPTIONS, HELD, "run.steps=4", HOLD=runs.hold("step 2"), LOST_S="10")
     three_nodes.wait_for(lambda: runs.is_held)
     states = servers_of(runs)
     assert all(state["prompts"] for state in states)
@@ -103,10 +102,8 @@ def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_ane
     three_nodes.start(*options, restarts=2, HOLD=runs.hold("step 3"))
     three_nodes.wait_for(lambda: runs.is_held)
     before = servers_of(runs)
-    agent = three_nodes.processes[0].pid
-    (rank0,) = map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split())
     saved = runs.saved_rows("apart")
-    os.kill(rank0, signal.SIGKILL)
+    os.kill(runs.held_pid, signal.SIGKILL)
     codes = [process.wait(900) for process in three_nodes.processes]
     assert codes == [0, 0, 0], three_nodes.said()
     assert [row["step"] for row in runs.rows("apart")] == list(range(1, 6))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.runs import HELD, REPO, Runs, gone, wait_for
 from tests.test_sglang_server import ARGUMENTS, LAUNCH
 from tests.test_sglang_server import PYTHON as SGLANG
@@ -51,9 +52,8 @@ class Hosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
-    def start(self, host: int, *command: str, output: Path, **environment: str) -> subprocess.Popen:
-        """Output goes to a file: a full pipe would block the host."""
-        env = {
+    def _environment(self, host: int, more: dict[str, str]) -> dict[str, str]:
+        return {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
@@ -61,18 +61,45 @@ class Hosts:
             "PET_LOCAL_ADDR": ADDRESSES[host],
             "PET_RDZV_CONF": f"is_host={int(host == 0)}",
             "GLOO_SOCKET_IFNAME": self.cables[host],
-            **environment,
+            **more,
         }
+
+    def start(self, host: int, *command: str, output: Path, **environment: str) -> subprocess.Popen:
+        """Output goes to a file: a full pipe would block the host."""
         with open(output, "a") as file:
             return subprocess.Popen(
                 # Processes that see each other's /dev/shm take themselves for ones of the same machine.
                 [*self.inside(host), "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh", *command],
                 cwd=REPO,
-                env=env,
+                env=self._environment(host, environment),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def start_node(
+        self, host: int, runs: Runs, *overrides: str, output: Path, spares: int = 0, **environment: str
+    ) -> subprocess.Popen | warm.Process:
+        """Run examples/torchrun_node.sh, with one process per host, and on this host the torchrun that it starts."""
+        command = ["bash", "examples/torchrun_node.sh", "2", "1", ADDRESSES[0], *runs.command(*overrides)[3:]]
+        env = self._environment(host, environment)
+        shim = runs.folder / "bin" / "torchrun"  # says with what the script starts it
+        shim.parent.mkdir(exist_ok=True)
+        shim.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
+        shim.chmod(0o755)
+        asked = {**env, "PATH": f"{shim.parent}:{env['PATH']}"}
+        said = subprocess.run(command, cwd=REPO, env=asked, check=True, capture_output=True, text=True).stdout
+        arguments, of_torchrun = json.loads(said)
+        return self.start_torchrun(host, *arguments, output=output, spares=spares, **{**of_torchrun, "PATH": env["PATH"]})
+
+    def start_torchrun(
+        self, host: int, *arguments: str, output: Path, spares: int = 0, **environment: str
+    ) -> subprocess.Popen | warm.Process:
+        """It starts warm, see tests/warm.py, in a session of its own."""
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        if not warm.IS_POSSIBLE:
+            return self.start(host, *command, output=output, **environment)
+        return warm.start(command, self._environment(host, environment), output, host=self.names[host], spares=spares)
 
     def inside(self, host: int) -> list[str]:
         """The start of a command that runs on a host."""
@@ -99,12 +126,7 @@ def hosts() -> Iterator[Hosts]:
     found.remove()
 
 
-def node(runs: Runs, *overrides: str) -> list[str]:
-    """The command that runs examples/torchrun_node.sh on a host, with one process per host."""
-    return ["bash", "examples/torchrun_node.sh", "2", "1", ADDRESSES[0], *runs.command(*overrides)[3:]]
-
-
-def end(processes: list[subprocess.Popen]) -> None:
+def end(processes: list[subprocess.Popen | warm.Process]) -> None:
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -128,7 +150,7 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
     options = ("run.name=hosts", "checkpoint.every=1", "checkpoint.keep=2", *short, HELD)
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
     hold = runs.hold("step 3")
-    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], HOLD=hold) for host in range(2)]
+    processes = [hosts.start_node(host, runs, *options, output=outputs[host], spares=1 - host, HOLD=hold) for host in range(2)]
     try:
         wait_for(lambda: runs.is_held)
         os.killpg(processes[1].pid, signal.SIGKILL)  # as in a power failure; ranks and graders end with it
@@ -136,7 +158,7 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
         saved = runs.saved_rows("hosts")
         assert len(saved) == 2
         runs.let_go()
-        processes.append(hosts.start(1, *node(runs, *options), output=outputs[1]))
+        processes.append(hosts.start_node(1, runs, *options, output=outputs[1]))
         assert [processes[index].wait(900) for index in (0, 2)] == [0, 0], "\n".join(
             output.read_text()[-4000:] for output in outputs
         )
@@ -156,7 +178,7 @@ def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_ho
     options += ("rollout.max_logprob_gap=100", "sglang.update_timeout_s=120", "run.phase_timeout_s=240")
     outputs, folder = [tmp_path / "host0.log", tmp_path / "host1.log"], runs.directory("hosts") / "servers"
     slow = {"FAKE_SGLANG": json.dumps({"seconds": 0.5}), "ETR_RESTARTS": "0"}
-    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
+    processes = [hosts.start_node(host, runs, *options, output=outputs[host], **slow) for host in range(2)]
     try:
         wait_for(lambda: len(runs.rows("hosts")) >= 2)
         states = states_of_two(hosts, folder, ADDRESSES, f".{ADDRESSES[1]}_0.yaml")
@@ -178,7 +200,7 @@ def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_
     options += ("sglang.launch=[-m,tests.fake_sglang]", "rollout.max_logprob_gap=100", "sglang.update_timeout_s=120")
     outputs, folder = [tmp_path / "host0.log", tmp_path / "host1.log"], runs.directory("apart") / "servers"
     slow = {"FAKE_SGLANG": json.dumps({"seconds": 0.5}), "ETR_RESTARTS": "0"}
-    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
+    processes = [hosts.start_node(host, runs, *options, output=outputs[host], **slow) for host in range(2)]
     try:
         wait_for(lambda: len(runs.rows("apart")) >= 2)
         states = states_of_two(hosts, folder, (ADDRESSES[1], ADDRESSES[1]), f".{ADDRESSES[1]}_1.yaml")
@@ -209,7 +231,7 @@ def test_hosts_train_on_what_sglang_generates_with_its_log_probs(hosts, runs, tm
     options = ("run.name=apart", "run.steps=2", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang", *where)
     options += (f"sglang.launch=[{LAUNCH}]", f"sglang.arguments=[{quoted}]", "sglang.mem_fraction=0.2", "sglang.probe_every=1")
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
-    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], ETR_RESTARTS="0") for host in range(2)]
+    processes = [hosts.start_node(host, runs, *options, output=outputs[host], ETR_RESTARTS="0") for host in range(2)]
     try:
         codes = [process.wait(1500) for process in processes]
     finally:
@@ -223,10 +245,12 @@ def test_hosts_train_on_what_sglang_generates_with_its_log_probs(hosts, runs, tm
 
 def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
-    command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "preflight"]
+    command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "preflight"]
     command += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29511", "-m", "etr_megatron.preflight", "configs/cpu_tiny.yaml"]
     # Each host has a different run.dir.
-    processes = [hosts.start(host, *command, f"run.dir={tmp_path / f'runs{host}'}", output=outputs[host]) for host in range(2)]
+    processes = [
+        hosts.start_torchrun(host, *command, f"run.dir={tmp_path / f'runs{host}'}", output=outputs[host]) for host in range(2)
+    ]
     try:
         codes = [process.wait(900) for process in processes]
     finally:

@@ -7,6 +7,7 @@ user's functions. /proc shows the nursery's command line and environment, and no
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import json
@@ -105,34 +106,90 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str] | Process:
-    """`python -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with pipes as stdout and stderr."""
-    if not IS_POSSIBLE:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-    nursery = of_session()
-    (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+def start(
+    command: Sequence[str], environment: dict[str, str], output: Path | None = None, **how: Any
+) -> subprocess.Popen[str] | Process:
+    """`python -m MODULE ARGUMENTS...`, `python SCRIPT ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with
+    pipes as stdout and stderr.
+
+    output: a file that both go to instead. how: see `enter`; of use only where warm starts are possible.
+    """
+    if output is None:
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        ours = [os.fdopen(out), os.fdopen(err)]
+    else:
+        stdout = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        stderr, ours = os.dup(stdout), []
     stdin = os.open(os.devnull, os.O_RDONLY)
-    pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment)
+    if IS_POSSIBLE:
+        nursery = of_session()
+        pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment, **how)
+        process = Process(pid, lambda: nursery.end(pid), *ours)
+    else:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=stdin, stdout=stdout, stderr=stderr, text=True)
+        process.stdout, process.stderr = ours or (None, None)
     for file in (stdin, stdout, stderr):
         os.close(file)
-    return Process(pid, lambda: nursery.end(pid), os.fdopen(out), os.fdopen(err))
+    return process
 
 
-def enter(files: list[int], command: list[str], environment: dict[str, str]) -> NoReturn:
-    """In a fork of the nursery: become the program. files: its stdin, stdout and stderr."""
+def enter(
+    files: list[int],
+    command: list[str],
+    environment: dict[str, str],
+    host: str | None = None,
+    spares: int = 0,
+    privileged: bool = True,
+) -> NoReturn:
+    """In a fork of the nursery: become the program.
+
+    files: its stdin, stdout and stderr. host: the network namespace that it and its ranks are in, in a session of their own.
+    spares: how many ranks start warm besides the first two, or when torchrun starts its ranks again. privileged: whether it
+    keeps the privileges of root.
+    """
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     warnings.filters.remove(IGNORED)
     gc.enable()
+    if host is not None:
+        os.setsid()
+        _move_to(host)
+    if not privileged:
+        _drop_privileges()
     of_ranks = {"etr_megatron.launch", "torch.distributed.run"}
-    _prepare_torchrun([_Blank(), _Blank()] if of_ranks & {*command} else [])
+    _prepare_torchrun([_Blank() for _ in range(2 + spares)] if of_ranks & {*command} else [], spares)
     _become(command, environment)
 
 
+def _move_to(host: str) -> None:
+    """As `ip netns exec` does but for /sys, and with a /dev/shm of its own: processes that share one take themselves for one
+    machine's."""
+    new_mounts, new_network, private = 0x20000, 0x40000000, 0x44000  # CLONE_NEWNS, CLONE_NEWNET, MS_REC | MS_PRIVATE
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host}") as namespace:
+        failed = (
+            libc.setns(namespace.fileno(), new_network)
+            or libc.unshare(new_mounts)
+            or libc.mount(b"none", b"/", None, ctypes.c_ulong(private), None)
+            or libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", ctypes.c_ulong(0), None)
+        )
+    if failed:
+        raise OSError(ctypes.get_errno(), f"cannot move to {host}")
+
+
+def _drop_privileges() -> None:
+    """As `setpriv --bounding-set=-all --inh-caps=-all` does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    version_3, pr_capbset_drop = 0x20080522, 24
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    failed = any(libc.prctl(pr_capbset_drop, number, 0, 0, 0) for number in range(last + 1))
+    if failed or libc.capset((ctypes.c_uint32 * 2)(version_3, 0), (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), "cannot drop privileges")
+
+
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
-    """Go on as `python [-u] -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...`"""
+    """Go on as `python [-u] -m MODULE ARGUMENTS...`, `python [-u] SCRIPT ARGUMENTS...` or `python -c CODE ARGUMENTS...`"""
     os.environ.clear()
     os.environ.update(environment)
     if "RANK" in environment:
@@ -144,6 +201,10 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
             io.TextIOWrapper(io.FileIO(number, "w", closefd=False), errors=errors, write_through=True)
             for number, errors in ((1, "strict"), (2, "backslashreplace"))
         )
+    if not arguments[0].startswith("-"):
+        sys.argv[:] = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        run_and_exit(lambda: runpy.run_path(arguments[0], run_name="__main__") and 0)
     option, program, *sys.argv[1:] = arguments
     sys.argv[0] = option
     if option == "-c":
@@ -189,17 +250,17 @@ class _Blank:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def _prepare_torchrun(blanks: list[_Blank]) -> None:
-    """Ranks are started in these while there are any; those that are not needed end."""
+def _prepare_torchrun(blanks: list[_Blank], spares: int) -> None:
+    """Ranks are started in these while there are any; but for the spare ones, those that are not needed end."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     popen = SubprocessHandler._popen
 
     def given(handler: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
-        while len(blanks) > int(env["LOCAL_WORLD_SIZE"]) - int(env["LOCAL_RANK"]):
+        while len(blanks) > spares + int(env["LOCAL_WORLD_SIZE"]) - int(env["LOCAL_RANK"]):
             blanks.pop().end()
-        is_rank = [*args[:3]] == [sys.executable, "-u", "-m"] and not handler._stdout and not handler._stderr
+        is_rank = [*args[:2]] == [sys.executable, "-u"] and not handler._stdout and not handler._stderr
         return blanks.pop().become(args, env) if blanks and is_rank else popen(handler, args, env)
 
     SubprocessHandler._popen = given
