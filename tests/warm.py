@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -105,17 +106,48 @@ class Process:
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str] | Process:
-    """`python -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with pipes as stdout and stderr."""
+    """`python -m MODULE ...`, `python -c CODE ...` or `python FILE ...` in the repository, with pipes as stdout and stderr."""
     if not IS_POSSIBLE:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-    nursery = of_session()
     (out, stdout), (err, stderr) = os.pipe(), os.pipe()
-    stdin = os.open(os.devnull, os.O_RDONLY)
-    pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment)
-    for file in (stdin, stdout, stderr):
+    process = _fork(command, environment, stdout, stderr)
+    for file in (stdout, stderr):
         os.close(file)
-    return Process(pid, lambda: nursery.end(pid), os.fdopen(out), os.fdopen(err))
+    process.stdout, process.stderr = os.fdopen(out), os.fdopen(err)
+    return process
+
+
+def _fork(command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int) -> Process:
+    nursery, stdin = of_session(), os.open(os.devnull, os.O_RDONLY)
+    pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment)
+    os.close(stdin)
+    return Process(pid, lambda: nursery.end(pid))
+
+
+class Subprocess:
+    """What benchmarks use of the module `subprocess`; Python starts warm. Output that goes to no file is the test's."""
+
+    DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
+
+    class Popen:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+        def __new__(cls, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | Process:
+            if not IS_POSSIBLE or command[0] != sys.executable:
+                return subprocess.Popen(command, **options)
+            out, err = options.get("stdout"), options.get("stderr")
+            stdout = out.fileno() if hasattr(out, "fileno") else 1
+            # A program that is told the pid of its parent checks it.
+            command = [str(of_session().pid) if word == str(os.getpid()) else word for word in command]
+            return _fork(command, options.get("env") or {**os.environ}, stdout, stdout if err == subprocess.STDOUT else 2)
+
+    @classmethod
+    def run(cls, command: Sequence[str], *, check: bool = False, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        done = subprocess.CompletedProcess(command, cls.Popen(command, **options).wait())
+        if check:
+            done.check_returncode()
+        return done
 
 
 def enter(files: list[int], command: list[str], environment: dict[str, str]) -> NoReturn:
@@ -125,13 +157,13 @@ def enter(files: list[int], command: list[str], environment: dict[str, str]) -> 
         os.close(file)
     warnings.filters.remove(IGNORED)
     gc.enable()
-    of_ranks = {"etr_megatron.launch", "torch.distributed.run"}
-    _prepare_torchrun([_Blank(), _Blank()] if of_ranks & {*command} else [])
+    starts_ranks = re.search(r"\betr_megatron\.launch\b|\btorch\.distributed\.run\b", "\n".join(command[:3]))
+    _prepare_torchrun([_Blank(), _Blank()] if starts_ranks else [])
     _become(command, environment)
 
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
-    """Go on as `python [-u] -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...`"""
+    """Go on as `python [-u] -m MODULE ...`, `python -c CODE ...` or `python FILE ...`"""
     os.environ.clear()
     os.environ.update(environment)
     arguments = command[1:]
@@ -141,6 +173,9 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
             io.TextIOWrapper(io.FileIO(number, "w", closefd=False), errors=errors, write_through=True)
             for number, errors in ((1, "strict"), (2, "backslashreplace"))
         )
+    if not arguments[0].startswith("-"):
+        sys.argv = arguments
+        run_and_leave(lambda: runpy.run_path(arguments[0], run_name="__main__") and 0)
     option, program, *sys.argv[1:] = arguments
     sys.argv[0] = option
     if option == "-c":
