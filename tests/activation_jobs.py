@@ -251,14 +251,16 @@ class Kept:
             one.saved -= size
 
 
-def kept(model: str, sequences: Sequence, overrides: Sequence[str]) -> dict[str, Any]:
+def kept(model: str, sequences: Sequence, overrides: Sequence[str], updates: int = 10) -> dict[str, Any]:
     """What an update keeps, with each sample in its own microbatch: the passes of the first of several updates, and the
-    smallest of their peaks, since gloo's threads may hold a tensor a little longer. It has to come twice on every rank."""
+    smallest of their peaks, since gloo's threads may hold a tensor a little longer. It has to come twice on every rank.
+
+    updates: at most so many; with 1 the peaks may be too high."""
     peaks: list[dict[str, int]] = []
     with like_transformer_engine():
         policy = _policy(model, sequences, overrides)
         found = Kept(policy)
-        while len(peaks) < 10 and not _is_there_twice(peaks):
+        while len(peaks) < updates and not _is_there_twice(peaks):
             _settle()
             found.peak = dict(found.now)
             with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
@@ -303,13 +305,14 @@ def around_head(model: str, sequences: Sequence, overrides: Sequence[str]) -> in
     return seen["peak"] - seen["before"]
 
 
-def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -> int:
-    """Peak bytes of tensors in the last layer's backward pass, beyond those alive before its forward pass: the smallest of
-    several updates, since gloo's threads may hold a tensor a little longer."""
+def around_backward(model: str, batches: Sequence[Sequence], overrides: Sequence[str]) -> list[int]:
+    """Peak bytes of tensors in the last layer's backward pass of each batch, beyond those alive before its forward pass: the
+    smallest of several updates, since gloo's threads may hold a tensor a little longer. The first batch is the longest."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     seen: dict[str, int] = {}
     found: list[int] = []
+    again = 2 if dist.get_world_size() > 1 else 1
 
     def before(_layer: torch.nn.Module, _given: Any, named: dict[str, Tensor]) -> None:
         get_global_memory_buffer().buffer.clear()  # else its presence depends on earlier calls
@@ -320,15 +323,18 @@ def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -
         made[0].register_hook(lambda _grad: seen.update(forward=_settled(storages)))
 
     with like_transformer_engine():
-        policy = _policy(model, sequences, overrides)
+        policy = _policy(model, batches[0], overrides)
         layer = policy.chunks[-1].decoder.layers[-1]
         with Storages() as storages:
             layer.register_forward_pre_hook(before, with_kwargs=True)
             layer.register_forward_hook(after)
-            for _ in range(2 if dist.get_world_size() > 1 else 1):
-                policy.update(make_batch(list(sequences)))
-                found.append(seen["peak"] - seen["before"])
-    return min(found)
+            for sequences in batches:
+                batch, peaks = make_batch(list(sequences)), []
+                for _ in range(again):
+                    policy.update(batch)
+                    peaks.append(seen["peak"] - seen["before"])
+                found.append(min(peaks))
+    return found
 
 
 def _settled(storages: Storages) -> int:

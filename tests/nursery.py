@@ -82,6 +82,11 @@ class Nursery:
         self._talk_through(connection)
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which is the parent of all forks."""
+        return self._process.pid
+
     def _talk_through(self, connection: socket.socket) -> None:
         self._socket, self._replies, self._lock = connection, connection.makefile("r"), threading.Lock()
 

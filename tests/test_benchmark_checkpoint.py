@@ -6,11 +6,13 @@ import json
 
 import pytest
 
-from benchmarks import checkpoint
+from benchmarks import checkpoint, fresh_ranks
+from tests import warm
 
 
 @pytest.mark.slow
-def test_a_tiny_run_is_written(tmp_path, capsys):
+def test_a_tiny_run_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fresh_ranks, "subprocess", warm.Subprocess)
     output = tmp_path / "result.json"
     assert checkpoint.main(["--quick", "--ranks", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())

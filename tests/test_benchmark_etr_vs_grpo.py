@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks import experiment_report
+from benchmarks import experiment_report, experiment_runs
 from benchmarks.etr_vs_grpo import OVERRIDES, main
 from benchmarks.experiment_runs import REPO, Experiment, Run, keep_record, only_user, read_record, run_all, shared_settings
 from etr_megatron.errors import UserError
+from tests import warm
 from tests.runs import wait_for
 
 STEPS = 4
@@ -162,19 +162,20 @@ SMALL = (
 
 
 @pytest.fixture
-def command(tmp_path: Path, _tiny_cache: Path) -> Callable[..., list[str]]:
-    def build(*more: str) -> list[str]:
-        folders = ["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "one.json"), f"tiny.cache_dir={_tiny_cache}"]
-        return [sys.executable, "-m", "benchmarks.etr_vs_grpo", "--presets", "grpo,etr", *folders, *SMALL.split(), *more]
-
-    return build
+def arguments(tmp_path: Path, _tiny_cache: Path) -> list[str]:
+    folders = ["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "one.json"), f"tiny.cache_dir={_tiny_cache}"]
+    return ["--presets", "grpo,etr", "--seeds", "1", *folders, *SMALL.split()]
 
 
 @pytest.mark.slow
-def test_real_runs_one_blocked_then_continued_and_not_repeated(command: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("deadline")
+def test_real_runs_one_blocked_then_continued_and_not_repeated(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiment_runs, "subprocess", warm.Subprocess)
+
     def start() -> tuple[int, str]:
-        done = subprocess.run(command("--seeds", "1", "--steps", "4"), cwd=REPO, capture_output=True, text=True, timeout=900)
-        return done.returncode, done.stdout + done.stderr
+        return main([*arguments, "--steps", "4"]), capsys.readouterr().out
 
     blocked, metrics = tmp_path / "runs" / "etr-seed1", tmp_path / "runs" / "grpo-seed1" / "metrics.jsonl"
     blocked.parent.mkdir()
@@ -198,8 +199,8 @@ def test_real_runs_one_blocked_then_continued_and_not_repeated(command: Callable
 
 
 @pytest.mark.slow
-def test_killed_outright_it_leaves_no_process(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    line = command("--seeds", "1", "--steps", "500")
+def test_killed_outright_it_leaves_no_process(arguments: list[str], tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "benchmarks.etr_vs_grpo", *arguments, "--steps", "500"]
     process = subprocess.Popen(line, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: all((tmp_path / "runs" / f"{p}-seed1" / "metrics.jsonl").exists() for p in ("grpo", "etr")))

@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys):
+def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys, monkeypatch):
+    for module in (gpu_policy, gpu_step):
+        monkeypatch.setattr(module, "subprocess", warm.Subprocess)
     output = tmp_path / "new" / "result.json"
     embedded = ["--set", "rollout.backend=embedded"]  # so that the training step runs without a server
     code = gpu.main(
@@ -58,6 +60,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monke
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(gpu_head, "measure", fail)
+    monkeypatch.setattr(gpu_policy, "subprocess", warm.Subprocess)
     output = tmp_path / "result.json"
     options = ["--quick", "--device", "cpu", "--part", "head", "--part", "policy", "--set", "train.lrr=1"]
     assert gpu.main([*options, "--output", str(output)]) == 1

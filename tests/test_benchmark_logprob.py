@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -181,10 +180,7 @@ def test_a_rank_that_fails_ends_the_others_and_the_run(capfd):
 
 @pytest.mark.slow
 def test_quick_run_on_two_ranks_writes_what_it_measured_beside_what_was_there(tmp_path, capfd, monkeypatch):
-    def start(command, cwd, env):  # two ranks for each contestant
-        return warm.start(command, env)
-
-    monkeypatch.setattr(fresh_ranks, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(fresh_ranks, "subprocess", warm.Subprocess)  # two ranks for each contestant
     output = tmp_path / "new" / "result.json"
     output.parent.mkdir()
     case = {"tp": 2, "dtype": "bfloat16", "rows": 40, "hidden": 24, "vocab": 1506, "contestants": {}}

@@ -6,11 +6,13 @@ import json
 
 import pytest
 
-from benchmarks import lora
+from benchmarks import fresh_ranks, lora
+from tests import warm
 
 
 @pytest.mark.slow
-def test_a_tiny_run_is_written(tmp_path, capsys):
+def test_a_tiny_run_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fresh_ranks, "subprocess", warm.Subprocess)
     output = tmp_path / "result.json"
     assert lora.main(["--quick", "--output", str(output)]) == 0
     result = json.loads(output.read_text())

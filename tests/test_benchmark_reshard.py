@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from benchmarks import reshard
+from benchmarks import fresh_ranks, reshard
 from benchmarks.reshard_problem import CASES, QUICK_DENSE, QUICK_MIXTURE, Case, lower_bound
 from benchmarks.reshard_report import case_result, table
 from etr_megatron.weights import ServerLayout, TrainingLayout
 from etr_megatron.weights.reshard import make_reshard_plan
+from tests import warm
 from tests.test_reshard_plan import bytes_sent
 
 
@@ -46,7 +47,8 @@ def test_misses_are_called_misses():
 
 
 @pytest.mark.slow
-def test_a_tiny_case_runs_and_is_written(tmp_path):
+def test_a_tiny_case_runs_and_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(fresh_ranks, "subprocess", warm.Subprocess)
     output = tmp_path / "result.json"
     assert reshard.main(["--quick", "--rounds", "2", "--case", "4", "--output", str(output)]) == 0
     (case,) = json.loads(output.read_text())["cases"]

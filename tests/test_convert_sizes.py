@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from etr_megatron.convert import Ranks, to_megatron
 from etr_megatron.convert.comparison import Verification
 from etr_megatron.weights import read_architecture, weights_of
+from tests import warm
 from tests.hf_models import FAMILIES
-from tests.nursery import ROOT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,10 +53,10 @@ def write_wide_model(path: Path, **changes: int) -> int:
 
 def grown(*argv: str | Path) -> int:
     """Bytes by which the tool's memory grows, measured in a process of its own."""
-    command = [sys.executable, "-m", "tests.convert_jobs", "memory", *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
+    process = warm.start([sys.executable, "-m", "tests.convert_jobs", "memory", *map(str, argv)], {**os.environ})
+    said, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+    return int(said.splitlines()[-1])
 
 
 @pytest.mark.slow

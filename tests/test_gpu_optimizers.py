@@ -28,9 +28,10 @@ def own_gangs():
 
 
 TRAINED = [
-    *(("offloaded", layout) for layout in LAYOUTS),
-    *(("fused", layout) for layout in ("dp2", "pp2_first_stage_without_experts")),
-    *(("fused_distributed", layout) for layout in ("ep2", "pp2_first_stage_without_experts")),
+    ("offloaded", "ep2"),
+    ("offloaded", "pp2_first_stage_without_experts"),
+    ("fused", "dp2"),
+    ("fused_distributed", "ep2"),
 ]
 
 
@@ -85,7 +86,9 @@ def test_another_layout_goes_on_with_it(own_gangs, trained):
         assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 3e-4
 
 
-@pytest.mark.parametrize(("kind", "layout"), [*(("fused", layout) for layout in LAYOUTS), ("offloaded", "ep2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("fused", "ep2"), ("fused", "pp2_first_stage_without_experts"), ("offloaded", "ep2")]
+)
 def test_what_leaves_the_gpu_for_rollouts_comes_back_unchanged(own_gangs, hf_models, tmp_path, kind, layout):
     family, overrides = LAYOUTS[layout]
     job = {"model": hf_models[family], "overrides": [*overrides, *DISTRIBUTED], "there": str(tmp_path), "kind": kind}

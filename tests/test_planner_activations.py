@@ -68,15 +68,12 @@ LAYERS = {
     "qwen2_with_biases": ("qwen2", 1, [TP1], 1),
     "qwen3_shared_heads": ("one_kv_head", 2, [TP2, SP], 2),
     "experts": ("qwen3_moe", 1, [TP1], 1),
-    "experts_ep2": ("qwen3_moe", 2, [TP1, "parallel.ep=2"], 1),
-    "experts_tp2_sp": ("qwen3_moe", 2, [TP2, SP], 2),
     "experts_tp2_sp_ep2": ("qwen3_moe", 2, [TP2, SP, "parallel.ep=2", "parallel.etp=1"], 1),
     "experts_tp2_sp_router_fp32": ("qwen3_moe", 2, [TP2, SP, FP32], 2),
     # Layers with and without experts; the experts' weights are not normalised.
     "some_experts": ("qwen3_moe_dense", 1, [TP1], 1),
     # Shared experts, sigmoids, a part of each head turned.
     "shared_experts": ("glm4_moe", 1, [TP1], 1),
-    "shared_experts_tp2_sp": ("glm4_moe", 2, [TP2, SP], 2),
     "shared_experts_tp2_sp_ep2": ("glm4_moe", 2, [TP2, SP, "parallel.ep=2", "parallel.etp=1"], 1),
     # Values narrower than keys; a dense layer, and experts in groups.
     "latents": ("deepseek_v3", 1, [TP1], 1),
@@ -98,7 +95,8 @@ def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, models: dict[st
     arch, tp = read_architecture(models[family]), 2 if TP2 in overrides else 1
     replicas = world // tp
     split = Split(TOKENS, tp, SP in overrides, 2, router_fp32=FP32 in overrides)
-    for reply in gangs(world).run(f"{JOBS}:kept", model=models[family], sequences=samples(replicas), overrides=overrides):
+    job = dict(model=models[family], sequences=samples(replicas), overrides=overrides, updates=1)
+    for reply in gangs(world).run(f"{JOBS}:kept", **job):
         passes = reply["passes"]
         assert [one.layer for one in passes] == list(range(arch.layers))
         passes[0].saved -= frequencies(arch)
@@ -108,7 +106,7 @@ def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, models: dict[st
         assert reply["left"] == {"layers": frequencies(arch), "outputs": 0}
 
 
-@pytest.mark.parametrize("case", ["qwen3", "qwen3_tp2_sp", "llama_tp2_sp", "qwen3_shared_heads", "latents_tp2_sp"])
+@pytest.mark.parametrize("case", ["qwen3", "qwen3_tp2_sp", "qwen3_shared_heads", "latents_tp2_sp"])
 def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_projection_or_latents_copy_of_v(
     gangs: Gangs, models: dict[str, str], case: str
 ) -> None:
@@ -116,7 +114,8 @@ def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_pro
     arch, split = read_architecture(models[family]), Split(TOKENS, world, SP in overrides, 2)
     beside = beside_recomputed_attention(arch, split)
     settings = [*overrides, "train.recompute=selective"]
-    for reply in gangs(world).run(f"{JOBS}:kept", model=models[family], sequences=samples(1), overrides=settings):
+    job = dict(model=models[family], sequences=samples(1), overrides=settings, updates=1)
+    for reply in gangs(world).run(f"{JOBS}:kept", **job):
         of_mask = 4  # the kind of the mask, which is on the CPU even with a GPU
         for one in reply["passes"][1:]:
             with with_routed(arch, split, etp, one):
@@ -149,6 +148,7 @@ SCHEDULES = {
 FOUR = {name for name, (stages, *_) in SCHEDULES.items() if stages == 4}
 
 
+NONE, FULL = "train.recompute=none", "train.recompute=full"
 BLOCK = "train.megatron={recompute_granularity: full, recompute_method: block, recompute_num_layers: 1}"
 
 
@@ -156,9 +156,12 @@ BLOCK = "train.megatron={recompute_granularity: full, recompute_method: block, r
     ("schedule", "recompute"),
     [
         pytest.param(name, recompute, marks=[pytest.mark.slow] * (name in FOUR), id=f"{name}-{how}")
-        for name in SCHEDULES
-        for how, recompute in {"none": "train.recompute=none", "full": "train.recompute=full", "block": BLOCK}.items()
-        if how == "none" or name in ("pp2", "pp2_vpp2", "pp4_vpp2")
+        for how, recompute, schedules in (
+            ("none", NONE, SCHEDULES),
+            ("full", FULL, ["pp2_vpp2"]),
+            ("block", BLOCK, ["pp2_vpp2", "pp4_vpp2"]),
+        )
+        for name in schedules
     ],
 )
 def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, schedule: str, recompute: str) -> None:
@@ -170,7 +173,7 @@ def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, sche
     for stage, reply in enumerate(replies):
         held, passes = reply["peak"]["layers"] - vpp * frequencies(arch), passes_in_flight(layout, stage, microbatches)
         expected = passes * layers * saved
-        if recompute != "train.recompute=none":
+        if recompute != NONE:
             kept = one + (layers - 1) * saved if recompute == BLOCK else layers * one
             # A layer is recomputed when what follows it in the chunk is freed.
             expected = passes * kept + (max(0, (2 - layers) * saved - one) if recompute == BLOCK else saved - one)
@@ -255,10 +258,8 @@ SHAPES = {
         ("qwen3_32b", [TP1]),
         ("qwen3_32b", [TP2, SP]),
         ("qwen3_30b_a3b", [TP1]),
-        ("qwen3_30b_a3b", [TP2, SP]),
         ("qwen3_30b_a3b", [TP2, SP, FP32]),
         ("glm4.5_air", [TP1]),
-        ("deepseek_v3", [TP1]),
         ("deepseek_v3", [TP2, SP]),
         ("glm4.7_flash", [TP1]),
     ],
@@ -266,15 +267,14 @@ SHAPES = {
 def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: Path, shape: str, overrides: list[str]) -> None:
     sizes, more = SHAPES[shape]
     model, tp = of_sizes(tmp_path, sizes, **more), 2 if TP2 in overrides else 1
-    arch, found = read_architecture(model), {}
-    for tokens in (256, 512):
-        job = dict(model=model, sequences=samples(1, tokens), overrides=overrides)
-        found[tokens] = gangs(tp).run(f"{JOBS}:around_backward", **job)[0]
+    arch = read_architecture(model)
+    job = dict(model=model, batches=[samples(1, tokens) for tokens in (512, 256)], overrides=overrides)
+    long, short = gangs(tp).run(f"{JOBS}:around_backward", **job)[0]
     # The difference of token counts, so that gradients of weights cancel.
     split = Split(512 - 256, tp, tp > 1, 2, router_fp32=FP32 in overrides)
     with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
         saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
-    measured = found[512] - found[256] - (saved - layer_input(arch, split))  # the input existed before
+    measured = long - short - (saved - layer_input(arch, split))  # the input existed before
     measured -= 2 * 4 * (512 - 256)  # rows' log-probs and entropies, kept until values are read after the last pass
     # With experts 0.58 and 1.14 times `saved`, where ETP gathers in fp32 2.18 times; without 0.53 times with TP.
     if counted > saved // 2:
@@ -290,9 +290,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return of_sizes(tmp_path_factory.mktemp("wide"), (1024, 64, 4, 2))
 
 
-@pytest.mark.parametrize("grads", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("world", "overrides", "tokens"), [(1, [TP1], 1024), (1, [TP1], 256), (2, [TP2], 256), (2, [TP2, SP], 256)]
+    ("world", "overrides", "tokens", "grads"),
+    [
+        (1, [TP1], 1024, "float32"),
+        (1, [TP1], 256, "bfloat16"),
+        (2, [TP2], 256, "float32"),
+        (2, [TP2, SP], 256, "bfloat16"),
+    ],
 )
 def test_the_head_holds_what_is_counted(
     gangs: Gangs, wide: str, world: int, overrides: list[str], tokens: int, grads: str

@@ -83,11 +83,12 @@ def check(
 @pytest.mark.parametrize(
     ("family", "change", "sharded"),
     [
-        *(("qwen3_moe", change, sharded) for change in CHANGES for sharded in (False, True)),
+        *(("qwen3_moe", change, True) for change in ("one_rank_to_ep2", "frozen_routers", "tp2_to_pp2", "cp2_to_pp2_vpp2")),
+        *(("qwen3_moe", change, False) for change in ("ep2_to_one_rank", "ep2_to_tp2_ep2_etp1", "tp2_to_pp2")),
         # Layers without experts make a difference where layers move between stages.
-        *(("qwen3_moe_dense", change, True) for change in CHANGES if "pp2" in change),
+        *(("qwen3_moe_dense", change, True) for change in ("pp2_to_uneven_pp2", "pp2_to_ep2")),
         ("qwen3_moe_dense", "pp2_to_ep2", False),
-        *(("glm4_moe", change, True) for change in ("ep2_to_tp2_ep2_etp1", "pp2_vpp2_to_ep2")),
+        ("glm4_moe", "pp2_vpp2_to_ep2", True),
         ("deepseek_v3", "ep2_to_tp2_ep2_etp1", True),
     ],
 )

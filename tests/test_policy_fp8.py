@@ -88,7 +88,7 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
 
 FIRST_IMPORTS = """
 import os, sys
-import torch
+import torch.fx.experimental.symbolic_shapes  # most of what Megatron imports first: here once for all
 
 for capability in ((9, 0), (10, 0), (12, 0)):
     if pid := os.fork():
@@ -105,6 +105,7 @@ for capability in ((9, 0), (10, 0), (12, 0)):
 """
 
 
+@pytest.mark.slow
 def test_transformer_engine_finds_in_the_environment_which_scales_the_device_has(tmp_path):
     package, seen, name = tmp_path / "transformer_engine", tmp_path / "seen", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
     package.mkdir()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from etr_megatron.types import TokenSequence
-from tests.hf_models import WITH_EXPERTS, by_published_names, in_turn, random_sequences
+from tests.hf_models import by_published_names, random_sequences
 from tests.policy_jobs import build, make_batch
 
 TEMPERATURE, ENTROPY_COEF = 0.8, 0.05
@@ -145,9 +145,16 @@ def check(gangs, model: str, reference: tuple, layout: tuple[int, list[str]], wa
             torch.testing.assert_close(found[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("way", ["single_pass", "recompute"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
+@pytest.mark.parametrize(
+    ("family", "layout", "way"),
+    [
+        *(("qwen3_tied", layout, "single_pass") for layout in LAYOUTS),
+        *(("llama", layout, "single_pass") for layout in ("tp1", "tp2_sp", "cp2", "pp2_vpp2_overlapped_reduction")),
+        *(("qwen3_tied", layout, "recompute") for layout in ("tp2_sp", "cp2", "pp2_vpp2_overlapped_reduction")),
+        ("llama", "dp2_overlapped_distributed_optimizer", "recompute"),
+        ("llama", "tp2_pp2_overlapped_reduction", "recompute"),
+    ],
+)
 def test_gradients_equal_autograd_through_transformers(gangs, hf_models, references, family, layout, way):
     check(gangs, hf_models[family], references(family), LAYOUTS[layout], way)
 
@@ -160,10 +167,10 @@ def test_gradients_of_other_models_equal_autograd_through_transformers(gangs, hf
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        *in_turn(WITH_EXPERTS, MIXTURES),
-        ("deepseek_v3", "tp2_sp"),
-        ("deepseek_v3", "pp2"),
-    ],  # latents are split in a way of their own
+        *zip(("qwen3_moe", "qwen3_moe_dense", "glm4_moe", "qwen3_moe") * 2, MIXTURES, strict=True),
+        # Latents are split in a way of their own.
+        *(("deepseek_v3", layout) for layout in ("ep2_distributed_optimizer", "tp2_sp", "tp2_sp_ep2_etp1", "pp2")),
+    ],
 )
 def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gangs, hf_models, references, family, layout):
     gradients = references(family)[1]
@@ -173,7 +180,6 @@ def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gan
 
 AUX = 0.3
 BALANCED = {
-    "tp1": (1, ["parallel.tp=1"]),
     "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
     "cp2_ep2": (2, ["parallel.tp=1", "parallel.cp=2", "parallel.ep=2"]),
     "pp2_cp2": (4, ["parallel.tp=1", "parallel.cp=2", "parallel.pp=2"]),
@@ -185,29 +191,33 @@ def without_padding(count: int) -> list[tuple[list[int], list[int]]]:
     return [((prompt * 4)[:4], (response * 12)[:12]) for prompt, response in random_sequences(count)]
 
 
-@pytest.mark.parametrize("layout", BALANCED)
-def test_the_experts_balancing_loss_of_one_microbatch_equals_its_definition(gangs, hf_models, layout):
+@pytest.fixture(scope="module")
+def balanced(hf_models):
     sequences = without_padding(6)
     plain, wanted = (reference(hf_models["qwen3_moe"], sequences, coef) for coef in (0.0, AUX))
     router = "model.layers.1.mlp.gate.weight"
     assert (wanted[1][router] - plain[1][router]).abs().max() > 1e-3
+    return sequences, wanted
+
+
+@pytest.mark.parametrize("layout", BALANCED)
+def test_the_experts_balancing_loss_of_one_microbatch_equals_its_definition(gangs, hf_models, balanced, layout):
+    sequences, wanted = balanced
     world, overrides = BALANCED[layout]
     overrides = [*overrides, f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=1000"]
     check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models, world):
+def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models):
     # The mean over equal microbatches equals the loss of all in one microbatch.
     sequences = without_padding(2)[:1] * 4
     wanted = reference(hf_models["qwen3_moe"], sequences, AUX)
     overrides = ["parallel.tp=1", f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
-    check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
+    check(gangs, hf_models["qwen3_moe"], wanted, (2, overrides), "single_pass", sequences)
 
 
 UNEVEN = {
     "tp1": (1, ["parallel.tp=1"]),
-    "dp2": (2, ["parallel.tp=1"]),
     "dp2_tp2_sp_etp1": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
 }
 
@@ -235,10 +245,9 @@ def balance(model: str, sequences: list, overrides: list[str]) -> dict[str, floa
 
 
 SPREAD = {
-    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "pp2_recomputed": (2, ["parallel.tp=1", "parallel.pp=2", "train.recompute=full"]),
     "tp2_sp_etp1": BALANCED["tp2_sp_etp1"],
-    "cp2": (2, ["parallel.tp=1", "parallel.cp=2"]),
+    "cp2_ep2": BALANCED["cp2_ep2"],
 }
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from tests.gang import Gangs
-from tests.hf_models import WITH_EXPERTS, in_turn, random_sequences, write_model
+from tests.hf_models import random_sequences, write_model
 from tests.policy_jobs import build, make_batch
 from tests.test_policy_training import BASE, assert_same_run
 
@@ -37,7 +37,6 @@ CONTEXT = {
     "cp2": (2, [*CP2, SMALL]),
     "cp2_one_microbatch": (2, CP2),
     "cp2_tp2_sp": (4, [*CP2_TP2, SMALL]),
-    "cp2_pp2": (4, [*CP2_PP2, SMALL]),
     "cp2_dp2_overlapped_distributed_optimizer": (4, [*CP2, SMALL, OVERLAP, SHARDED]),
     "cp2_recompute": (2, [*CP2, "train.recompute=selective"]),
     "cp4": (4, ["parallel.tp=1", "parallel.cp=4"]),
@@ -96,10 +95,9 @@ def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        *(("qwen3", layout) for layout in (*CHUNKS, *CONTEXT)),
+        *(("qwen3", layout) for layout in (*CHUNKS, *CONTEXT) if "tp2" not in layout),
         # Its projections have biases, and its embedding is the head.
         *(("qwen2", layout) for layout in ("pp2_vpp2_tp2_full_recompute", "pp3_uneven", "cp2_tp2_sp")),
-        ("qwen2", "pp2_vpp2_dp2_overlapped"),
     ],
 )
 def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models, single, family, layout):
@@ -111,8 +109,14 @@ def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    # Chunks of context and tensor-parallel parts of a sequence meet in the rotary embedding of latent keys.
-    [*in_turn(WITH_EXPERTS, MIXTURES), ("deepseek_v3", "cp2_tp2_sp_ep2_etp1")],
+    [
+        ("qwen3_moe_dense", "pp2_vpp2_ep2"),
+        ("glm4_moe", "cp2_ep2"),
+        ("deepseek_v3", "cp2_pp2_ep2"),
+        ("qwen3_moe", "cp2_pp2_vpp2_ep2"),
+        # Chunks of context and tensor-parallel parts of a sequence meet in the rotary embedding of latent keys.
+        ("deepseek_v3", "cp2_tp2_sp_ep2_etp1"),
+    ],
 )
 def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]

@@ -89,8 +89,13 @@ def reading(model: str, overrides: list[str], kind: str, folder: str) -> dict[st
     }
 
 
-@pytest.mark.parametrize("kind", ["hf", "torch_dist", "resume"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *zip(LAYOUTS, ("hf", "torch_dist") * 4, strict=True),
+        *((layout, "resume") for layout in ("dp4", "pp2_vpp2_dp2", "ep2_dp4", "tp2_ep2_etp1_dp2")),
+    ],
+)
 def test_weights_are_read_once_for_all_ranks_that_hold_the_same(gangs, hf_models, tmp_path, layout, kind):
     family, ranks, overrides, replicas = LAYOUTS[layout]
     job = {"function": "tests.test_policy_reads:reading", "model": hf_models[family], "overrides": overrides}
@@ -148,7 +153,7 @@ def broken(model: str, overrides: list[str]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("layout", ["dp4", "pp2_vpp2_dp2", "ep2_dp4"])
+@pytest.mark.parametrize("layout", ["pp2_vpp2_dp2", "ep2_dp4"])
 def test_a_file_that_one_rank_cannot_read_ends_all_with_its_sentence(gangs, hf_models, layout):
     family, ranks, overrides, _ = LAYOUTS[layout]
     found = gangs(ranks).run(function="tests.test_policy_reads:broken", model=hf_models[family], overrides=overrides)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import logprob
+from benchmarks import fresh_ranks, logprob
 from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.vocab_parallel.head_chunks import HeadConfig
+from tests import warm
 from tests.memory import peak_bytes
 from tests.test_vocab_parallel_loss import with_main_grad
 from tests.vocab_cases import Case, loss_case
@@ -69,10 +70,17 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
     return peak_bytes(forward_and_backward), formula
 
 
-@pytest.mark.parametrize("overlap", [None, False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 20_001, 32), (768, 256, 501, 64), (200, 512, 2001, 33)]
+    ("rows", "hidden", "vocab", "chunk_rows", "dtype", "overlap"),
+    [
+        (96, 24, 20_001, 32, torch.float32, None),
+        (96, 24, 20_001, 32, torch.bfloat16, True),
+        (96, 24, 20_001, 32, torch.float32, False),
+        (768, 256, 501, 64, torch.bfloat16, None),
+        (768, 256, 501, 64, torch.float32, True),
+        (200, 512, 2001, 33, torch.float32, True),
+        (200, 512, 2001, 33, torch.bfloat16, False),
+    ],
 )
 def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hidden, vocab, chunk_rows, overlap):
     case = loss_case(rows, hidden, vocab, dtype=dtype)
@@ -108,8 +116,9 @@ def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_use
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_process_takes_no_more_memory_than_the_formula_says(dtype):
+def test_a_process_takes_no_more_memory_than_the_formula_says(dtype, monkeypatch):
     """Includes temporaries inside operators, which the tests above do not see."""
+    monkeypatch.setattr(fresh_ranks, "subprocess", warm.Subprocess)
     job = {"kind": "memory", "contestants": ["single_pass"], "dtype": dtype, "rows": 256, "hidden": 64, "vocab": 100_000}
     (found,) = logprob.run_ranks(job, 1)
     beyond = found["peak_bytes"] - found["single_pass_formula_bytes"]

@@ -27,7 +27,7 @@ from etr_megatron.weights import (
 )
 from etr_megatron.weights.torch_dist_dir import Chunk, _overlapping
 from etr_megatron.weights.torch_saved import find_values
-from tests.hf_models import FAMILIES, WITH_EXPERTS
+from tests.hf_models import FAMILIES, WITH_EXPERTS, in_turn
 from tests.reads import bytes_read_by
 
 
@@ -245,8 +245,11 @@ def test_values_are_found_in_a_saved_tensor_where_they_are_dense_and_all_of_its_
         assert torch.equal(out, tensor)
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, (2, 2)) for family in FAMILIES), *((family, (2, 1)) for family in WITH_EXPERTS), ("qwen3_tied", (1, 2))],
+    ids=lambda x: x if isinstance(x, str) else f"tp{x[0]}pp{x[1]}",
+)
 def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):
     tp, pp = layout
     wanted = tensors_of(hf_models[family])
@@ -257,19 +260,18 @@ def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, f
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize(
-    ("world", "overrides"),
-    [
-        (2, ["parallel.tp=1", "parallel.ep=2"]),
-        (2, ["parallel.tp=2", "parallel.etp=1"]),
-        (2, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]),
-        (4, ["parallel.tp=2", "parallel.ep=2"]),
-        (4, ["parallel.tp=1", "parallel.pp=2", "parallel.ep=2"]),
-    ],
-    ids=["ep2", "tp2_etp1", "tp2_ep2_etp1", "tp2_ep2", "pp2_ep2"],
-)
-@pytest.mark.parametrize("family", WITH_EXPERTS)
-def test_export_of_experts_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, world, overrides):
+MIXTURES = {
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "tp2_etp1": (2, ["parallel.tp=2", "parallel.etp=1"]),
+    "tp2_ep2_etp1": (2, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]),
+    "tp2_ep2": (4, ["parallel.tp=2", "parallel.ep=2"]),
+    "pp2_ep2": (4, ["parallel.tp=1", "parallel.pp=2", "parallel.ep=2"]),
+}
+
+
+@pytest.mark.parametrize(("family", "layout"), in_turn(WITH_EXPERTS, MIXTURES))
+def test_export_of_experts_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):
+    world, overrides = MIXTURES[layout]
     wanted = tensors_of(hf_models[family])
     for found in gangs(world).run("tests.policy_jobs:export", model=hf_models[family], overrides=overrides):
         assert found.keys() == wanted.keys()

@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -119,18 +120,48 @@ def start(
         ours = [os.fdopen(out), os.fdopen(err)]
     else:
         stdout = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        stderr, ours = os.dup(stdout), []
-    stdin = os.open(os.devnull, os.O_RDONLY)
+        stderr, ours = os.dup(stdout), [None, None]
     if IS_POSSIBLE:
-        nursery = of_session()
-        pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment, **how)
-        process = Process(pid, lambda: nursery.end(pid), *ours)
+        process = _fork(command, environment, stdout, stderr, **how)
     else:
+        stdin = subprocess.DEVNULL
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=stdin, stdout=stdout, stderr=stderr, text=True)
-        process.stdout, process.stderr = ours or (None, None)
-    for file in (stdin, stdout, stderr):
+    process.stdout, process.stderr = ours
+    for file in (stdout, stderr):
         os.close(file)
     return process
+
+
+def _fork(command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, **how: Any) -> Process:
+    nursery, stdin = of_session(), os.open(os.devnull, os.O_RDONLY)
+    pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment, **how)
+    os.close(stdin)
+    return Process(pid, lambda: nursery.end(pid))
+
+
+class Subprocess:
+    """What benchmarks use of the module `subprocess`; Python starts warm. Output that goes to no file is the test's."""
+
+    DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
+
+    class Popen:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+        def __new__(cls, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | Process:
+            if not IS_POSSIBLE or command[0] != sys.executable:
+                return subprocess.Popen(command, **options)
+            out, err = options.get("stdout"), options.get("stderr")
+            stdout = out.fileno() if hasattr(out, "fileno") else 1
+            # A program that is told the pid of its parent checks it.
+            command = [str(of_session().pid) if word == str(os.getpid()) else word for word in command]
+            return _fork(command, options.get("env") or {**os.environ}, stdout, stdout if err == subprocess.STDOUT else 2)
+
+    @classmethod
+    def run(cls, command: Sequence[str], *, check: bool = False, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        done = subprocess.CompletedProcess(command, cls.Popen(command, **options).wait())
+        if check:
+            done.check_returncode()
+        return done
 
 
 def enter(
@@ -157,8 +188,8 @@ def enter(
         _move_to(host)
     if not privileged:
         _drop_privileges()
-    of_ranks = {"etr_megatron.launch", "torch.distributed.run"}
-    _prepare_torchrun([_Blank() for _ in range(2 + spares)] if of_ranks & {*command} else [], spares)
+    starts_ranks = re.search(r"\betr_megatron\.launch\b|\btorch\.distributed\.run\b", "\n".join(command[:4]))
+    _prepare_torchrun([_Blank() for _ in range(2 + spares)] if starts_ranks else [], spares)
     _become(command, environment)
 
 

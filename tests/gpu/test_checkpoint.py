@@ -24,6 +24,8 @@ KINDS = {
 def test_a_resumed_policy_goes_on_like_the_one_that_was_saved(world, device, tmp_path, kind, step):
     if kind == "offloaded" and DRY_RUN:
         pytest.skip("there is no GPU memory to offload from")
+    if DRY_RUN and (kind, step) not in (("plain", 0), ("overlapped", 1)):
+        pytest.skip("on CPU two cases show that the test works; tests/test_policy_checkpoints.py has the others")
     model, pairs = write_model(tmp_path / "model"), sequences()
     policy = build(model, "train.lr=1e-3", *KINDS[kind])
     from etr_megatron import checkpoint  # after the policy, whose import prepares Megatron

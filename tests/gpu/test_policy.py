@@ -115,6 +115,8 @@ def test_the_memory_of_an_update_is_the_peak_since_the_last_one(world, device, m
 def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe, family):
     if recipe in LEFT_OUT:
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
+    if device.type != "cuda" and family != "qwen3_moe":
+        pytest.skip("on CPU one family shows that the test works; tests/test_policy_training.py has the others")
     model, pairs = write_model(tmp_path / "model", family), sequences()
     baseline = torch.cat(build(model).logprobs(pairs).logp)
     # The first update has learning rate 0: delayed scaling needs one step to see the largest values.
