@@ -92,6 +92,8 @@ def _compare(name: str, tokens: int, experts: int, rounds: int) -> dict[str, Any
         raise RuntimeError(f"{name}: the two ways differ")
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     repeats = max(1, 2**15 // tokens)
+    gc.collect()
+    gc.freeze()  # as a job does, so that collections of what lists hold look at nothing else
     for number in range(rounds):
         for way in sorted(WAYS, reverse=number % 2 == 0):
             began = time.process_time()

@@ -17,7 +17,7 @@ from etr_megatron.rollout.rounds import draw_groups
 from etr_megatron.types import Group, Problem
 
 WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
-"""Calls a function that draws responses. If servers have to be restarted, it syncs the weights and calls the function again."""
+"""Calls a function that generates responses. If servers have to be restarted, it syncs the weights and calls it again."""
 
 
 @dataclass(frozen=True)

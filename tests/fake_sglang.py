@@ -195,26 +195,19 @@ def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
 def join(body: dict[str, Any]) -> tuple[int, Any]:
     if BEHAVIOUR.get("die_at_join"):
         os._exit(9)
-    timeout = datetime.timedelta(seconds=600)  # as SGLang's
     try:
-        return form_group(body, timeout)
+        return form_group(body, datetime.timedelta(seconds=600))  # as SGLang's
     except Exception as error:
         return 400, {"success": False, "message": f"not formed: {error}"}
 
 
 def form_group(body: dict[str, Any], timeout: datetime.timedelta) -> tuple[int, Any]:
     store = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], timeout=timeout)
-    name = body["group_name"]
-    STATE.groups[name], _ = c10d._new_process_group_helper(
-        body["world_size"],
-        body["rank_offset"],
-        [],
-        c10d.Backend(body["backend"]),
-        dist.PrefixStore(name, store),
-        group_name=name,
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[STATE.groups[name]] = {rank: rank for rank in range(body["world_size"])}
+    name, world, rank, backend = body["group_name"], body["world_size"], body["rank_offset"], c10d.Backend(body["backend"])
+    prefixed = dist.PrefixStore(name, store)
+    group, _ = c10d._new_process_group_helper(world, rank, [], backend, prefixed, group_name=name, timeout=timeout)
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    STATE.groups[name] = group
     return 200, {"success": True, "message": ""}
 
 
@@ -274,6 +267,23 @@ def load_directory(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "message": ""}
 
 
+def info_of(route: str) -> dict[str, Any] | None:
+    """The reply of a route that only tells something; None for other routes."""
+    says = BEHAVIOUR.get("says", {}).get(route, {})
+    if route == "/model_info":
+        return {"weight_version": STATE.version} | says
+    if route == "/server_info":
+        with SCHEDULER, BATCH:
+            return says
+    if route == "/v1/loads?include=core":
+        return {"loads": [{"num_running_reqs": len(STATE.running), "num_waiting_reqs": 0, "token_usage": 0.0}]}
+    if route != "/state":
+        return None
+    names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "ranks", "most_payload_bytes")
+    said = {name: getattr(STATE, name) for name in names}
+    return said | {"aborted": list(filter(None, STATE.aborted)), "waiting": len(STATE.waiting), "pid": os.getpid()}
+
+
 def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/openapi.json":
         lacks = [*BEHAVIOUR.get("lacks", ()), *(UPDATE_SESSION if BEHAVIOUR.get("old") else ())]
@@ -285,18 +295,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
             time.sleep(3600)
         STATE.aborted |= STATE.running if body.get("abort_all") else {body["rid"]}
         return 200, {}
-    if route == "/model_info":
-        return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
-    if route == "/state":
-        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "ranks", "most_payload_bytes")
-        said = {name: getattr(STATE, name) for name in names}
-        said |= {"aborted": list(filter(None, STATE.aborted)), "waiting": len(STATE.waiting)}
-        return 200, said | {"pid": os.getpid()}
-    if route == "/server_info":
-        with SCHEDULER, BATCH:
-            return 200, BEHAVIOUR.get("says", {}).get(route, {})
-    if route == "/v1/loads?include=core":
-        return 200, {"loads": [{"num_running_reqs": len(STATE.running), "num_waiting_reqs": 0, "token_usage": 0.0}]}
+    if (info := info_of(route)) is not None:
+        return 200, info
     if route == "/behave":
         soon = {how[:-2] + "at": len(STATE.prompts) + more for how, more in body.items() if how in ("die_in", "stop_in")}
         BEHAVIOUR.update(body | soon)

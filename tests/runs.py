@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,10 @@ class Runs:
 def rank_of(launcher: int, rank: int) -> int:
     """The process id of a rank. One that started warm is called so; the environment of another is in /proc."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        is_warm = Path(f"/proc/{child}/comm").read_text() == f"rank {rank}\n"
-        if is_warm or f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
+        with suppress(OSError):  # it has ended
+            is_warm = Path(f"/proc/{child}/comm").read_text() == f"rank {rank}\n"
+            if is_warm or f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                return int(child)
     raise AssertionError(f"rank {rank} is not there")
 
 

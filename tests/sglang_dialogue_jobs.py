@@ -76,7 +76,7 @@ def lost_in_dialogues(
     server dies or stops (`how`). Returns the steps' weight versions, groups and counts, and what failed."""
     config, found = config_of(steps, rollout), {"steps": [], "failed": {}}
     behaviour = {"tokens_per_s": 300, "odd_tokens_per_s": 100}
-    with behaving(behaviour), dialogues_of(config) as dialogues, ExitStack() as until_its_end:
+    with behaving(behaviour), dialogues_of(config) as dialogues, ExitStack() as until_it_is_lost:
         policy, stops = build(model, ["parallel.tp=2"]), StopStrings(STOPS, letters)
         engine = engine_of(policy, model, directory, probe_every=0, servers=2, stop_strings=stops, **settings)
         cursor = PromptCursor(Problems(problem(number, [7]) for number in range(40)), seed=1, shuffle=False)
@@ -88,9 +88,12 @@ def lost_in_dialogues(
                 _sync(sampler, engine, policy, step - 1, found["failed"])
                 if step == 2 and engine._control is not None:
                     fails_soon(engine._control, how)
-                    until_its_end.enter_context(impatient_with(first, 2.0, routes=("/abort_request",)))
+                    until_it_is_lost.enter_context(impatient_with(first, 2.0, routes=("/abort_request",)))
                 taken = _take(sampler, engine, policy, step, found["failed"])
                 found["steps"].append((engine.weight_version, [asdict(group) for group in taken.groups], taken.counts))
+                if first is not None and first.name in found["failed"]:
+                    until_it_is_lost.close()
+                    patient_with([first])  # when it is back, it is well
                 time.sleep(trains_s)  # dialogues go on
             sampler.pause()
             return found

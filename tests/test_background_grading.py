@@ -132,8 +132,10 @@ def test_a_single_grade_that_fails_stops_no_run_but_counts_at_the_next_step(capl
     for held in buffer._groups:
         for sample in held.group.samples:
             sample.finish_reason, sample.reward = "stop", 1.0
+    state = through_disk(buffer.state_dict())
+    assert all(sample["reward"] == 1.0 for held in state["in_hand"] for sample in held["group"]["samples"])
     buffer.take(1, timer)
-    assert not caplog.messages
+    assert not caplog.messages and buffer._late_grades._last == 1
     buffer.take(2, timer)
     assert "1 of 9 answers could not be graded" in caplog.text
 

@@ -31,6 +31,7 @@ TRAINED = [
     ("offloaded", "ep2"),
     ("offloaded", "pp2_first_stage_without_experts"),
     ("fused", "dp2"),
+    ("fused", "pp2_first_stage_without_experts"),
     ("fused_distributed", "ep2"),
 ]
 

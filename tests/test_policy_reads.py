@@ -93,6 +93,7 @@ def reading(model: str, overrides: list[str], kind: str, folder: str) -> dict[st
     ("layout", "kind"),
     [
         *zip(LAYOUTS, ("hf", "torch_dist") * 4, strict=True),
+        ("pp2_vpp2_dp2", "hf"),
         *((layout, "resume") for layout in ("dp4", "pp2_vpp2_dp2", "ep2_dp4", "tp2_ep2_etp1_dp2")),
     ],
 )

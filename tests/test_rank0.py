@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from array import array
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,6 +19,7 @@ from etr_megatron.rollout import NeedsSyncError, rank0
 from etr_megatron.types import Sample
 from tests import warm
 from tests.ports import reserved_port
+from tests.runs import wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
 PROGRAM = """
@@ -28,7 +31,7 @@ case, port, outputs = sys.argv[1], int(sys.argv[2]), sys.argv[4:]
 os.setsid()
 rank0.BEAT_S, rank0.SILENCE_S, rank0.LATE_S = 0.2, float(sys.argv[3]), float(sys.argv[3]) + 1
 rank = int(os.fork() == 0)  # one process has imported everything for both
-os.dup2(os.open(outputs[rank], os.O_WRONLY), 1)
+os.dup2(os.open(outputs[rank], os.O_WRONLY | os.O_CREAT), 1)
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case in ("stops", "absent") else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
@@ -75,6 +78,7 @@ except Exception as error:
     print(f"{type(error).__name__}: {error}", flush=True)
     if rank:
         store.set("given up", "")
+os.rename(outputs[rank], outputs[rank] + ".whole")
 os._exit(0)
 """
 
@@ -82,20 +86,23 @@ os._exit(0)
 @pytest.fixture
 def run_ranks(tmp_path):
     """The output of rank 0 and rank 1; if rank 0 stops, only of rank 1."""
-    outputs = [str(tmp_path / f"rank{rank}") for rank in range(2)]
-    for output in outputs:
-        os.mkfifo(output)
+    outputs, log = [str(tmp_path / f"rank{rank}") for rank in range(2)], tmp_path / "log"
+    whole = [Path(f"{output}.whole") for output in outputs]
 
     def run(case: str, silence_s: float = 300) -> list[str]:
         with reserved_port() as port:
             command = [sys.executable, "-c", PROGRAM, case, str(port), str(silence_s), *outputs]
-            ranks = warm.start(command, {**os.environ}, tmp_path / "log")
+            ranks, wanted = warm.start(command, {**os.environ}, log), whole[case in ("stops", "absent") :]
             try:
-                with open(outputs[0]) as first, open(outputs[1]) as second:
-                    return [second.read()] if case in ("stops", "absent") else [first.read(), second.read()]
+                wait_for(lambda: all(one.exists() for one in wanted) or ranks.poll() not in (None, 0))
+                assert all(one.exists() for one in wanted), log.read_text()
+                return [one.read_text() for one in wanted]
             finally:
-                os.killpg(ranks.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(ranks.pid, signal.SIGKILL)
                 ranks.wait()
+                for one in wanted:
+                    one.unlink(missing_ok=True)
 
     return run
 

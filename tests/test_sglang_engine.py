@@ -63,7 +63,7 @@ def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sync"),
-    [*(("die_at_bucket", sync) for sync in SYNCS), ("hang_at_bucket", "broadcast"), ("hang_at_bucket", "sharded")],
+    [*(("die_at_bucket", sync) for sync in SYNCS), *(("hang_at_bucket", sync) for sync in ("broadcast", "disk", "sharded"))],
 )
 def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, what, sync):
     with servers({}, {what: 1}, {}) as urls:
@@ -310,7 +310,7 @@ def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_syn
 def test_servers_of_the_job_that_are_all_lost_in_a_sync_are_started_again_and_have_the_weights(
     gangs, hf_models, tmp_path, sync
 ):
-    """Over NCCL, `broadcast` loses all of them with the first. The other two transports have no connection to make anew."""
+    """Over NCCL, `broadcast` loses all of them with the first. For the other two see test_sglang_parts.py."""
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync=sync, **OWN)
     found = gangs(2).run("tests.sglang_comeback_jobs:all_are_lost", **job)[0]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"]

@@ -58,6 +58,12 @@ def test_loads_are_summed_up_over_servers_and_reports_since_the_last_time():
     assert then["server_running_mean"] == 1 and "server_tokens_per_s_mean" not in then
 
 
+def test_a_server_that_was_started_again_between_two_reports_has_no_rate():
+    before = loads._Load("a", 1, 0, 0.5, [(1000, 4e6), (0, 0)])
+    assert loads._tokens_per_s(before, before._replace(decoded=[(10, 5e6), (300, 3e6)])) == 0.0
+    assert loads._tokens_per_s(before, before._replace(decoded=[(1500, 5e6), (300, 3e6)])) == 500 + 100
+
+
 @pytest.mark.parametrize("wrong", [{}, {"loads": []}, {"loads": [{}]}, {"loads": 3}, {"loads": [load(1, None, 0.5)]}, []])
 def test_a_server_that_reports_something_else_is_left_out(wrong):
     async def body():

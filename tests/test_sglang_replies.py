@@ -74,15 +74,16 @@ def test_what_is_wrong_with_a_reply_is_noticed(tokens):
     ids = [pair[1] for pair in pairs]
     for wrong in (others, pairs[:-1], [*pairs, pairs[-1]]):
         fails_with(OtherTokensError, reply_of({**meta, "output_token_logprobs": wrong}, ids=ids))
-    wrongs = (TypeError, ValueError, IndexError, KeyError)
-    for wrong in ([None, 5, None], ["-1.0", 5, None], [-1.0], [-1.0, 5.5, None]):
+    wrongs = (TypeError, ValueError, IndexError, KeyError, OverflowError)
+    for wrong in ([None, 5, None], ["-1.0", 5, None], [-1.0], [-1.0, 5.5, None], [-1.0, 2**31, None]):
         fails_with(
             wrongs, reply_of(meta).replace(json.dumps(pairs[1], separators=COMPACT).encode(), json.dumps(wrong).encode())
         )
     fails_with(wrongs, reply_of(meta)[:-20])
     fails_with(wrongs, reply_of(meta).replace(b'"stop"', b'"paused"'))
     fails_with(KeyError, reply_of(meta), routing=True)
-    fails_with(ValueError, reply_of({**meta, "routed_experts": "A" * 40_001}), routing=True)
+    for wrong in ("A" * 40_001, "A" * 39_999 + "!", "A" * 39_999 + "="):  # the last is three bytes short of an int32
+        fails_with(ValueError, reply_of({**meta, "routed_experts": wrong}), routing=True)
 
 
 def test_an_aborted_request_may_have_no_log_probs_and_no_experts():

@@ -151,8 +151,8 @@ def test_a_response_that_was_cut_off_is_continued_to_its_first_stop_string(
         (found,) = gangs(1).run(
             "tests.stop_jobs:continued", texts=[letters(one) for one in texts], limit=limit, pauses=pause is not None, **job
         )
-    assert found["ids"] == ids and found["finish_reason"] == finish
-    assert found["logprobs"] == [-0.5] * len(ids)
+    assert list(found["ids"]) == ids and found["finish_reason"] == finish
+    assert list(found["logprobs"]) == [-0.5] * len(ids)
 
 
 @pytest.mark.parametrize("texts", [["x"], []])

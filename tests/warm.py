@@ -2,7 +2,8 @@
 
 These imports take most of the time of a small run. All else is as after `python -m etr_megatron.launch ...`: the ranks are
 children of the launcher, in sessions of their own, which torchrun watches, and each process imports its entry point and the
-user's functions. /proc shows the nursery's command line and environment, and nothing is done at the interpreter's exit.
+user's functions. /proc shows the nursery's command line and environment, nothing is done at the interpreter's exit, and all
+forks have the same hash seed.
 """
 
 from __future__ import annotations
@@ -145,16 +146,21 @@ class Subprocess:
     DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
 
     class Popen:
-        __class_getitem__ = classmethod(types.GenericAlias)
+        __class_getitem__ = classmethod(types.GenericAlias)  # local variables are annotated with `subprocess.Popen[bytes]`
 
         def __new__(cls, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | Process:
             if not IS_POSSIBLE or command[0] != sys.executable:
                 return subprocess.Popen(command, **options)
-            out, err = options.get("stdout"), options.get("stderr")
-            stdout = out.fileno() if hasattr(out, "fileno") else 1
-            # A program that is told the pid of its parent checks it.
-            command = [str(of_session().pid) if word == str(os.getpid()) else word for word in command]
-            return _fork(command, options.get("env") or {**os.environ}, stdout, stdout if err == subprocess.STDOUT else 2)
+            assert options.keys() <= {"cwd", "env", "stdin", "stdout", "stderr", "start_new_session"}
+            assert options.get("cwd", ROOT) == ROOT and options.get("stdin", subprocess.DEVNULL) == subprocess.DEVNULL
+            if command[1] == "-c" and command[3] == str(os.getpid()):
+                command = [*command[:3], str(of_session().pid), *command[4:]]  # it checks that this is its parent
+            out, err, session = options.get("stdout"), options.get("stderr"), options.get("start_new_session", False)
+            with open(os.devnull, "w") as nothing:
+                out = nothing if out == subprocess.DEVNULL else out
+                stdout = 1 if out is None else out.fileno()
+                stderr = stdout if err == subprocess.STDOUT else 2
+                return _fork(command, options.get("env") or {**os.environ}, stdout, stderr, session=session)
 
     @classmethod
     def run(cls, command: Sequence[str], *, check: bool = False, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -171,20 +177,22 @@ def enter(
     host: str | None = None,
     spares: int = 0,
     privileged: bool = True,
+    session: bool = False,
 ) -> NoReturn:
     """In a fork of the nursery: become the program.
 
     files: its stdin, stdout and stderr. host: the network namespace that it and its ranks are in, in a session of their own.
     spares: how many ranks start warm besides the first two, or when torchrun starts its ranks again. privileged: whether it
-    keeps the privileges of root.
+    keeps the privileges of root. session: whether it begins a session of its own; so it does on another host.
     """
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     warnings.filters.remove(IGNORED)
     gc.enable()
-    if host is not None:
+    if session or host is not None:
         os.setsid()
+    if host is not None:
         _move_to(host)
     if not privileged:
         _drop_privileges()

@@ -43,7 +43,7 @@ class StepMetrics(TypedDict):
     reward_timeouts: int  # answers not graded within `reward.timeout_s`; they get the lowest reward
     reward_errors: int  # answers on which the reward function failed; they get the lowest reward
     response_tokens_mean: float  # response tokens per sample, with those of an environment's replies
-    tokens_per_s: float  # response tokens of the step that the model drew / `time_step`
+    tokens_per_s: float  # response tokens of the step that the model generated / `time_step`
     time_rollout: float  # seconds that the step waited for responses
     time_reward: float  # seconds that the step waited for rewards
     time_train: float  # seconds of training: waiting for other ranks, reloading, log-probs and updates
@@ -87,12 +87,12 @@ class MetricsRow(StepMetrics, total=False):
     server_running_mean: float  # requests that an SGLang server generates at a time; mean over servers and their reports
     server_queued_mean: float  # requests that wait in a server's own queue; mean over servers and reports
     server_queued_max: int  # most requests in a server's queue
-    server_cache_used_mean: float  # share of a server's KV cache that is in use; mean over servers and reports
+    server_cache_used_mean: float  # share of a server's KV cache in use, in its fullest attention group; mean as above
     server_cache_used_max: float  # largest share of a server's KV cache
     server_tokens_per_s_mean: float  # tokens that a server decodes per second of decoding; mean over servers
     staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
     staleness_max: int  # largest age of a token
-    groups_redone: int  # groups drawn again because they had tokens that were too old
+    groups_redone: int  # groups generated again because they had tokens that were too old
     groups_pending: int  # with `max_staleness`: groups begun or complete, kept for later steps
     tflops_per_gpu: float  # model TFLOP/s per rank: FLOPs of log-probs and updates / `time_train`; recomputation not counted
     mfu: float  # `tflops_per_gpu` / bf16 peak of the device, if that is known

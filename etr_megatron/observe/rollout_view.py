@@ -1,5 +1,5 @@
 """A readable view of a recorded rollout, with the gap between the engine's and the trainer's log-prob of every token that the
-model drew."""
+model generated."""
 
 from __future__ import annotations
 

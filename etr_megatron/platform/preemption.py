@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.2
+POLL_S = 0.2
 """Seconds between checks, on a rank that was asked to stop, whether another rank has given up the run."""
 
 _CALLBACK_S = 10.0
@@ -101,7 +101,7 @@ class StopRequest:
         self._received.set()
         end = time.monotonic() + grace_s
         self._handle_stop()
-        while not finished.wait(LOOK_S):
+        while not finished.wait(POLL_S):
             self._handle_stop()
             code = given_up()
             if code is None and time.monotonic() >= end:

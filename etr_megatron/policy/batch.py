@@ -21,7 +21,7 @@ class PolicyBatch:
     advantage, clip_low, clip_high, weight, group_mean, group_std, variance: float32 [N]; `weight` is the aggregation weight of
     each token of a sample, with this whole batch's denominator; for the group statistics see `LossInputs`.
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
-    rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens that the model drew];
+    rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens that the model generated];
     old_logp is the trainer's or, without old_entropy, the engine's. ref_logp is set with a KL term, correction with an
     off-policy correction.
     routing: with routing replay, the experts that the engine chose for the first tokens of each sample (prompt and response);

@@ -77,7 +77,7 @@ class NonFiniteDetector:
 
     def _place(self, row: int) -> str:
         sample, position = int(self._micro.row_sample[row]), int(self._micro.row_position[row])
-        if mask := self._batch.sequences[sample].loss_mask:  # from the position among drawn tokens to that in the response
+        if mask := self._batch.sequences[sample].loss_mask:  # from the position among generated tokens to that in the response
             position = [place for place, is_drawn in enumerate(mask) if is_drawn][position]
         return f"position {position} in the response of sample {self._batch.names[sample]}, on rank {self._rank}"
 

@@ -22,10 +22,10 @@ class Microbatch:
 
     tokens, positions: int64 [1, T]. cu_seqlens: int32 [sequences + 1], sequence offsets over the tokens of all CP ranks.
     max_seqlen: tokens of the longest sequence, over all CP ranks.
-    rows: int64 [R], indices of the tokens whose hidden states predict response tokens that the model drew. targets: int64 [R],
-    those tokens. row_sample: int64 [R], the index of each row's sample in the optimizer step. row_position: int64 [R], the
-    position of the target among the tokens of that sample that the model drew. These two stay on the CPU, where the values are
-    that they select. samples: indices of the samples, in the order of their rows.
+    rows: int64 [R], indices of the tokens whose hidden states predict response tokens that the model generated. targets: int64
+    [R], those tokens. row_sample: int64 [R], the index of each row's sample in the optimizer step. row_position: int64 [R], the
+    position of the target among the tokens of that sample that the model generated. These two stay on the CPU, where the values
+    are that they select. samples: indices of the samples, in the order of their rows.
     """
 
     tokens: Tensor
@@ -126,7 +126,8 @@ class _Packed:
         tokens = np.pad(ids, (0, padded - len(ids)))
         for part in own_ranges(padded, self.cp, self.cp_rank):
             begin, end = max(part.start, first), min(part.stop, len(ids) - 1)
-            drawn = begin + np.flatnonzero(mask[begin - first : max(end - first, 0)])  # predict a token that the model drew
+            # Tokens that predict one that the model generated.
+            drawn = begin + np.flatnonzero(mask[begin - first : max(end - first, 0)])
             self.rows.append(self.length - part.start + drawn)
             self.targets.append(ids[drawn + 1])
             self.row_sample.append(np.full(len(drawn), sample))

@@ -138,7 +138,9 @@ def all_failed(grades: Sequence[tuple[Grade, str]]) -> bool:
 
 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
-    """Log a warning about answers that could not be graded, with the reason of the first. grades: a step's (grade, problem id).
+    """Log a warning about answers that could not be graded, with the reason of the first.
+
+    grades: (grade, problem id), of a step or of several steps that had few.
 
     Raises UngradedError when no answer could be graded: a reward function that always fails must not look like a policy that is
     always wrong. If all answers timed out, it only warns: a shared judge may be faster at the next step (see `LateSteps`).

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 ReplyIds = Callable[[Sequence[Message], int], list[int]]
 """Maps (the reply's messages, the last token of the turn before) to the token ids of the reply."""
 
-_LOOK_S = 0.01
+_POLL_S = 0.01
 """Polling interval in seconds for replies. A wait polls because it must not hold the lock: Python's locks are not fair, and
 other owners would rarely acquire it."""
 
@@ -114,7 +114,7 @@ class Dialogues:
         The new finish reason of a sample:
         - "stop": the environment returned no reply, or its call failed.
         - "length": the reply leaves no room for another turn.
-        - "abort": the reply's tokens were appended, and the next turn can be drawn.
+        - "abort": the reply's tokens were appended, and the next turn can be generated.
 
         Raises UngradedError if `environment.function` can no longer be loaded.
         """
@@ -129,7 +129,7 @@ class Dialogues:
             left = end - time.monotonic()
             if own or not waits or left <= 0:
                 return [self._accept(call, reply) for call, reply in own]
-            time.sleep(min(left, _LOOK_S))
+            time.sleep(min(left, _POLL_S))
 
     def forget(self, owner: Hashable) -> None:
         """Drop this owner's pending samples; their replies will be ignored."""

@@ -22,7 +22,7 @@ class Sampling:
 
     samples: responses per problem, as one number or one per problem. max_tokens: token limit of a response, likewise.
     `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: those of the run. routing: whether to return the
-    chosen experts. continued: the responses' names if further turns of them are drawn, see `names_of`.
+    chosen experts. continued: the responses' names if further turns of them are generated, see `names_of`.
     """
 
     samples: int | tuple[int, ...]
@@ -119,7 +119,7 @@ class RolloutEngine(Protocol):
     """
 
     weight_version: int
-    """Version of the weights that the next response is drawn from."""
+    """Version of the weights that the next response is generated from."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """`sampling.samples_of(problems)` responses to each problem, in order; rewards and texts are not filled in.
@@ -146,7 +146,8 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the engine's current state, on rank 0; empty on other ranks. Not a collective."""
+        """Metrics of the engine's current state, and of the time since the last call, on rank 0; empty on other ranks. Not a
+        collective."""
         ...
 
     def close(self) -> None:
@@ -155,7 +156,7 @@ class RolloutEngine(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a server has cached what it drew. server: its name. group: its attention group, if it has several."""
+    """Where a server has cached what it generated. server: its name. group: its attention group, if it has several."""
 
     server: str
     group: int | None = None
@@ -192,7 +193,7 @@ class GenerationOutput:
     finish_reason: "abort" if generation was cut off.
     routing: for all tokens, beginning with the first of the prompt, see `Sample`.
     given_up: why the engine has given this response up; empty if it has not.
-    place: where the tokens were drawn, if there are servers.
+    place: where the tokens were generated, if there are servers.
     """
 
     key: int

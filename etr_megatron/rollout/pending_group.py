@@ -33,7 +33,7 @@ class PendingGroup:
 
     step: the step it was requested for, which seeds the sampling. is_left_out: excluded, because all its rewards are equal.
     is_redone: some of its samples were emptied, because their tokens had become too old. places: index of a sample -> where
-    its last turn was drawn since the last weight sync, and is cached.
+    its last turn was generated since the last weight sync, and is cached.
     """
 
     group: Group
@@ -44,7 +44,7 @@ class PendingGroup:
 
     @classmethod
     def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> PendingGroup:
-        """A group with nothing drawn yet."""
+        """A group with nothing generated yet."""
         empty = [_nothing_drawn(index, weight_version) for index in range(samples)]
         return cls(Group(f"{problem.id}@{step}", problem, empty), step)
 
@@ -83,12 +83,12 @@ def _nothing_drawn(index: int, weight_version: int) -> Sample:
 
 
 def oldest_version(sample: Sample) -> int:
-    """Oldest weight version that any of its tokens was drawn from."""
+    """Oldest weight version that any of its tokens was generated from."""
     return min(sample.weight_versions, default=sample.weight_version)
 
 
 def summed_ages(sample: Sample, version: int) -> int:
-    """Sum of the ages of its drawn tokens, in weight syncs up to weights `version`."""
+    """Sum of the ages of its generated tokens, in weight syncs up to weights `version`."""
     if not sample.weight_versions:
         return sample.num_generated * (version - sample.weight_version)
     ages = version - np.frombuffer(sample.weight_versions, np.int32)

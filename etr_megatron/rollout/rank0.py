@@ -34,7 +34,7 @@ LATE_S = 600.0
 PIECE = 64 << 20
 """Bytes per broadcast."""
 
-_LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
+_MAX_PAUSE_S, _GROWTH = 0.1, 1.2
 """Waiting ranks poll the store at intervals that grow by this factor up to this maximum: there may be hundreds of ranks."""
 
 _numbers = itertools.count()
@@ -165,4 +165,4 @@ def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
         if silence_s > limit_s:
             raise TimeoutError(f"rank {dist.get_rank()}: rank 0 has given no sign of life for {limit_s:g} s")
         time.sleep(pause)
-        pause = min(_GROWTH * pause, _LONGEST_PAUSE_S)
+        pause = min(_GROWTH * pause, _MAX_PAUSE_S)

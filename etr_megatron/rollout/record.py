@@ -27,7 +27,7 @@ RECORDED = "recorded"
 """Name of the folder in a run directory."""
 _ONLY_WITH_AN_ENVIRONMENT = ("messages", "loss_mask", "environment_status")
 """Sample and problem fields that are written only if they are not empty."""
-_LONGEST_HEAD = 2**16
+_MAX_HEAD_BYTES = 2**16
 _LINE_END = len("}\n")
 
 
@@ -58,7 +58,8 @@ def write_record(
     """Write a step's file atomically; raises UserError on a full disk.
 
     counts: the sampler's metrics. old_logprobs: the trainer's own log-probs, for each sample in the order of the groups, of the
-    response tokens that the model drew; None if the trainer has not computed them. In the file, tokens of replies have null.
+    response tokens that the model generated; None if the trainer has not computed them. In the file, tokens of replies have
+    null.
     """
     folder.mkdir(exist_ok=True)
     lines = itertools.chain([{"step": step, "counts": counts}], _lines(groups, old_logprobs))
@@ -94,7 +95,7 @@ def glance_at_record(folder: Path, step: int) -> None:
     """Check only the beginning and the end of an existing file. Raises UserError when it is truncated or not a record."""
     path = record_path(folder, step)
     with path.open("rb") as file:
-        head = file.readline(_LONGEST_HEAD)
+        head = file.readline(_MAX_HEAD_BYTES)
         groups = file.read(1)
         file.seek(-min(_LINE_END, file.seek(0, os.SEEK_END)), os.SEEK_END)
         end = file.read()

@@ -98,10 +98,12 @@ class RolloutBuffer:
         try:
             # Responses graded ahead may leave few grades to a step. Fewer than a group's do not show that nothing can be
             # graded; they count with the next step's.
-            if len(self._grades) >= rollout.samples_per_prompt:
+            if self._has_enough_grades:
                 grades, self._grades = self._grades, []
                 report_errors(grades)
                 self._late_grades.check(step, (grade.status for grade, _ in grades))
+            else:
+                self._late_grades.check(step, ())
             if self._dialogues is not None:
                 complete = _complete(self._groups)
                 self._dialogues.report(self, complete)
@@ -154,12 +156,12 @@ class RolloutBuffer:
         self._start_background()
 
     def state_dict(self) -> dict[str, Any]:
-        """All pending groups. After a restart, tokens that the engine had not returned are drawn again, and replies of the
+        """All pending groups. After a restart, tokens that the engine had not returned are generated again, and replies of the
         environment and rewards are requested again."""
         with self._background.held():
             groups = self._groups
             broken = self._dialogues is not None and self._dialogues.is_broken(self, _complete(groups))
-            if broken or all_failed(self._grades):
+            if broken or (self._has_enough_grades and all_failed(self._grades)):
                 # These failures may end the run in the next step. A checkpoint saved before it must not hold them.
                 groups = deepcopy(groups)
                 _forget_failures(groups)
@@ -191,6 +193,10 @@ class RolloutBuffer:
         """Stop the background thread."""
         with suppress(Exception):  # the run has ended
             self._background.stop()
+
+    @property
+    def _has_enough_grades(self) -> bool:
+        return len(self._grades) >= self._config.rollout.samples_per_prompt
 
     def _start_background(self) -> None:
         if self._config.rollout.max_staleness:

@@ -1,4 +1,4 @@
-"""Dialogues with an engine in which every rank takes part: every round draws one turn of all open responses."""
+"""Dialogues with an engine in which every rank takes part: every round generates one turn of all open responses."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def draw_further_turns(
     *,
     earlier: Sequence[Group] = (),
 ) -> None:
-    """Continue responses whose first turn has been drawn until all have ended (in place; the caller owns the groups).
+    """Continue responses whose first turn has been generated until all have ended (in place; the caller owns the groups).
 
     A collective; `dialogues` is None on ranks other than 0. sampling: that of the first turns. If the engine returns responses
-    on rank 0 alone, the responses on other ranks hold only the replies. earlier: groups that the step has drawn before. Raises
-    what `engine.generate` raises, StopAskedError when `must_stop()` is true on any rank, and UngradedError when all calls of
-    the environment failed, or failed calls ended all responses of these groups and the earlier ones.
+    on rank 0 alone, the responses on other ranks hold only the replies. earlier: groups that the step has generated before.
+    Raises what `engine.generate` raises, StopAskedError when `must_stop()` is true on any rank, and UngradedError when all
+    calls of the environment failed, or failed calls ended all responses of these groups and the earlier ones.
     """
     limits = sampling.max_tokens_of([group.problem for group in groups])
     opened = [_Open(group, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples]
@@ -112,7 +112,7 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
 
 
 def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop) -> list[_Replied | None]:
-    """Get replies for responses whose turn has been drawn, and append them (in place). Returns the effect on each response;
+    """Get replies for responses whose turn has been generated, and append them (in place). Returns the effect on each response;
     None for one that had already ended."""
     before = [len(one.sample.response_ids) for one in opened]
     asked = [one.sample.finish_reason == "stop" for one in opened]

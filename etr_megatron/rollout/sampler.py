@@ -1,5 +1,5 @@
-"""Samplers, which return a step's groups: drawn step by step, or recorded by another run. `streaming.py` has the third, which
-draws them during training."""
+"""Samplers, which return a step's groups: generated step by step, or recorded by another run. `streaming.py` has the third,
+which generates them during training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Sampler(Protocol):
         """The groups of a step. Errors of the engine or the grader are raised on every rank.
 
         must_stop: whether this rank was asked to stop. A sampler that waits for responses then raises StopAskedError on every
-        rank, and keeps everything that was drawn.
+        rank, and keeps everything that was generated.
         """
         ...
 
@@ -162,7 +162,7 @@ class RoundSampler:
         return chosen(asked, wanted, dynamic=dynamic)
 
     def put_back(self, step: int) -> None:
-        """See `Sampler.put_back`: the prompts will be drawn again."""
+        """See `Sampler.put_back`: the prompts will be generated again."""
         if self._before[0] == step:
             self._cursor.load_state_dict(self._before[1])
 

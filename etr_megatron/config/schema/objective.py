@@ -80,8 +80,8 @@ class ObjectiveConfig:
     """Weight of the entropy bonus."""
     old_logp: Literal["trainer", "engine"] = "trainer"
     """Log-probs of the policy that the importance ratio compares with. `trainer`: computed before the step's updates. `engine`:
-    those with which the tokens were drawn. This saves a forward pass, but the ratio, and so the clipping, also covers the gap
-    between engine and trainer and the age of tokens. The first step computes the trainer's anyway, for
+    those with which the tokens were generated. This saves a forward pass, but the ratio, and so the clipping, also covers the
+    gap between engine and trainer and the age of tokens. The first step computes the trainer's anyway, for
     `rollout.max_logprob_gap`."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Weights the policy term by the ratio of the trainer's to the engine's probability. `truncate` (TIS) bounds the weight at

@@ -17,7 +17,7 @@ from etr_megatron.rollout.sglang.replies import Generated, OtherTokensError, rea
 _REFUSALS = (400, 413, 422)
 """Status codes that reject the request itself: every server should answer the same."""
 
-_LONGEST_PATTERN = 256
+_MAX_PATTERN_BYTES = 256
 """Longest `stop_regex` that SGLang accepts, in bytes (`sampling/sampling_params.py`, 0.5.21)."""
 
 PATIENCE = 10
@@ -70,13 +70,13 @@ def _stops(texts: Sequence[str]) -> dict[str, Any]:
     """Parameters that end a response with the token in which one of these texts ends.
 
     SGLang (0.5.21) matches texts in a window of the last tokens: one more token than its tokenizer makes of the longest text.
-    But the model may draw that text in more tokens. A pattern (`stop_regex`) widens the window, for texts too, to one more
+    But the model may generate that text in more tokens. A pattern (`stop_regex`) widens the window, for texts too, to one more
     token than the pattern has characters.
     """
     if not texts:
         return {}
     pattern = re.escape(max(texts, key=len))
-    return {"stop": list(texts), **({"stop_regex": [pattern]} if len(pattern.encode()) <= _LONGEST_PATTERN else {})}
+    return {"stop": list(texts), **({"stop_regex": [pattern]} if len(pattern.encode()) <= _MAX_PATTERN_BYTES else {})}
 
 
 class ServerClient:
@@ -207,7 +207,7 @@ class ServerClient:
             return read_generated(reply, routing=parameters.routing)
         except OtherTokensError as error:
             raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated") from error
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise ServerError(f"{self.name}: /generate returned an unexpected reply ({error!r}): {_begin_of(reply)}") from error
 
     async def _complete(self, body: dict[str, Any], timeout_s: float) -> bytes:

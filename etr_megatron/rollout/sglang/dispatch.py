@@ -87,7 +87,7 @@ class Dispatch:
         return bool(self._waiting or self._lanes or self._held)
 
     def add(self, key: int, prompt: str, *, first: bool = False, cached_at: str = "") -> None:
-        """Add a request. first: ahead of all others. cached_at: if it continues a dialogue, the server that drew it."""
+        """Add a request. first: ahead of all others. cached_at: if it continues a dialogue, the server that generated it."""
         self._prompts[key] = prompt
         self._counts[prompt] += 1
         if cached_at:

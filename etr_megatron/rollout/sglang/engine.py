@@ -95,7 +95,7 @@ class SglangEngine:
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
         self._submitted: dict[int, GenerationRequest] = {}
-        self._drew: dict[str, Place | None] = {}  # on rank 0: name of each response of the last `generate` -> where
+        self._generated_at: dict[str, Place | None] = {}  # on rank 0: name of each response of the last `generate` -> where
         self._control: Control | None = None
         needs = dict(routing=serving.routing, tokenizer=bool(serving.stop_strings))
         cuda, folder = serving.backend == "nccl", str(serving.directory)
@@ -172,9 +172,9 @@ class SglangEngine:
         EngineGoneError, NeedsSyncError and RefusedError on every rank."""
         counts, limits = sampling.samples_of(problems), sampling.max_tokens_of(problems)
         names = sampling.names_of(problems)
-        drew, name = self._drew if sampling.continued else {}, iter(names)
+        cached, name = self._generated_at if sampling.continued else {}, iter(names)
         requests = [
-            Request(problem.prompt_ids, self._parameters(problem, index, sampling, limit), problem.id, drew.get(next(name)))
+            Request(problem.prompt_ids, self._parameters(problem, index, sampling, limit), problem.id, cached.get(next(name)))
             for problem, count, limit in zip(problems, counts, limits, strict=True)
             for index in range(count)
         ]
@@ -184,7 +184,7 @@ class SglangEngine:
             must_stop,
             share=lambda replies: [reply.without_tokens() for reply in replies],
         )
-        self._drew = {name: reply.place for name, reply in zip(names, found, strict=True)}
+        self._generated_at = {name: reply.place for name, reply in zip(names, found, strict=True)}
         replies = iter(found)
         return [[self._sample(index, next(replies)) for index in range(count)] for count in counts]
 
@@ -194,11 +194,11 @@ class SglangEngine:
 
     def _until_stop(self, reply: Generated, context: int, turn: Sequence[int] = ()) -> Generated:
         """The reply up to the token in which a stop string ends. context: number of tokens before the reply. turn: tokens of
-        the current turn that were drawn before the reply.
+        the current turn that were generated before the reply.
 
         Servers miss some stop strings:
         - one that begins in `turn`
-        - one drawn in many more tokens than the tokenizer would make of it, as a server matches only the last few tokens
+        - one generated in many more tokens than the tokenizer would make of it, as a server matches only the last few tokens
           (`tail_str` in SGLang's schedule_batch.py)
         - one in the last tokens of an aborted request
         """

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
 
-_MOST_PROBLEMS = 3
+_MAX_PROBLEMS = 3
 """A healthy server that answers requests of this many problems with an error, and completes no response in between, has failed.
 Fewer problems may themselves be to blame."""
 
@@ -32,7 +32,7 @@ _WELL_S = 10.0
 @dataclass(frozen=True)
 class Request:
     """One response to generate. problem: id of its problem; requests without an id share a problem if their prompts are equal.
-    cached_at: if the request continues a dialogue, where that dialogue was drawn."""
+    cached_at: if the request continues a dialogue, where that dialogue was generated."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
@@ -85,7 +85,7 @@ class Fleet:
         self._timeout_s, self._hang_timeout_s = timeout_s, hang_timeout_s
         self._failed: dict[str, str] = {}
         self._spoiled: set[str] = set()
-        self._problems: defaultdict[str, set[str]] = defaultdict(set)  # see `_MOST_PROBLEMS`
+        self._problems: defaultdict[str, set[str]] = defaultdict(set)  # see `_MAX_PROBLEMS`
         self._joins: Counter[str] = Counter()
         self._marks = 0
         self._looking = asyncio.Lock()
@@ -150,7 +150,7 @@ class Fleet:
         - The request fails at `client`: that server is marked, and ServerError is raised. A response that was cut off, unless
           `may_abort()`, counts as a failure; so does a response from other weights, as after a manual restart of the server.
         - `client` answers with an error, such as 500 for a request that does not fit into its KV cache, and is healthy: the
-          request goes to another server. `client` is only marked after errors for `_MOST_PROBLEMS` problems.
+          request goes to another server. `client` is only marked after errors for `_MAX_PROBLEMS` problems.
         - The request fails behind a router, which does not tell which server failed: unhealthy servers are marked. If all are
           healthy, the router is given up, so that fewer parts are left that can fail.
         - `client` refuses the request: it goes to another server, chosen by `elsewhere`, as those at `sglang.urls` may differ.
@@ -200,7 +200,7 @@ class Fleet:
         is_last = self.serving == [client]
         if answered:
             self._problems[client.name].add(asking.request.problem_id)
-        keeps_serving = is_last or (answered and len(self._problems[client.name]) < _MOST_PROBLEMS)
+        keeps_serving = is_last or (answered and len(self._problems[client.name]) < _MAX_PROBLEMS)
         if has_no_part or not keeps_serving:
             self.mark_failed(client, str(error))
         elif answered:

@@ -27,7 +27,7 @@ class AttentionGroups:
         """The group for a request that goes to a server of `count` groups; None if the server has only one.
 
         share: the server's share of all requests, in flight or waiting. cached_in: if the request continues a dialogue that
-        this server drew, its group.
+        this server generated, its group.
         """
         if count < 2:
             return None

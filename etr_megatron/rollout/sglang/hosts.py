@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 _ASK_S = 5.0
-_MOST_BYTES = 1 << 16
+_MAX_BYTES = 1 << 16
 
 
 class Started(NamedTuple):
@@ -186,7 +186,7 @@ def _said(process: ServerProcess, route: str) -> bytes | None:
                 return None
             for piece in reply.iter_bytes():
                 said += piece
-                if len(said) > _MOST_BYTES or time.monotonic() > end:  # another process may send an endless body
+                if len(said) > _MAX_BYTES or time.monotonic() > end:  # another process may send an endless body
                     break
     except httpx.HTTPError:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from etr_megatron.rollout.sglang.client import ServerClient, ServerError
@@ -37,7 +37,7 @@ class LoadMonitor:
         self._loads: list[_Load] = []
 
     async def run(self) -> None:
-        """Ask every two seconds, until cancelled."""
+        """Ask again and again, two seconds after the last reply, until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             if self._in_flight():
@@ -46,24 +46,25 @@ class LoadMonitor:
     async def ask(self) -> None:
         """Ask all servers once."""
         found = await asyncio.gather(*(_ask(client) for client in self._serving() if client.has(_ROUTE)))
-        self._loads.extend(load for load in found if load is not None)
+        self._loads += [load for load in found if load is not None]
 
     def take(self) -> dict[str, float]:
-        """Metrics of the reports since the last call, see `MetricsRow`; empty without one. May be called from any thread."""
-        loads, self._loads = self._loads, []
+        """Metrics of the reports since the last call, see `MetricsRow`; empty without one. May be called from any thread; a
+        report that arrives at the same time may be lost."""
+        loads, self._loads = [*self._loads], []
         if not loads:
             return {}
         found = {
-            "server_running_mean": mean(load.running for load in loads),
-            "server_queued_mean": mean(load.queued for load in loads),
+            "server_running_mean": fmean(load.running for load in loads),
+            "server_queued_mean": fmean(load.queued for load in loads),
             "server_queued_max": max(load.queued for load in loads),
-            "server_cache_used_mean": mean(load.cache_used for load in loads),
+            "server_cache_used_mean": fmean(load.cache_used for load in loads),
             "server_cache_used_max": max(load.cache_used for load in loads),
         }
         ends = {load.server: load for load in loads}
         begins = {load.server: load for load in reversed(loads)}
         rates = [rate for name in ends if (rate := _tokens_per_s(begins[name], ends[name])) > 0]
-        return found | ({"server_tokens_per_s_mean": mean(rates)} if rates else {})
+        return found | ({"server_tokens_per_s_mean": fmean(rates)} if rates else {})
 
 
 async def _ask(client: ServerClient) -> _Load | None:
@@ -87,6 +88,9 @@ def _decoded(group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _tokens_per_s(begin: _Load, end: _Load) -> float:
-    """Tokens that the server's groups decoded per second of decoding between two reports; 0 if there was none."""
+    """Tokens that the server's groups decoded per second of decoding between two reports; 0 if there was none, or if the server
+    was started again."""
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(begin.decoded, end.decoded, strict=False)]
+    if any(tokens < 0 or us < 0 for tokens, us in steps):
+        return 0.0
     return sum(tokens / us * 1e6 for tokens, us in steps if us > 0)

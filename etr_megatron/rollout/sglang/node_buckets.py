@@ -18,7 +18,7 @@ from etr_megatron.weights.transport.wire import Subgroup, Wire
 
 logger = logging.getLogger(__name__)
 
-_MOST_AS_TEXT = 4 << 30
+_MAX_AS_TEXT = 4 << 30
 """Most bytes of weights that may be sent to servers as text. A server reads text at about 30 MB/s, once for each worker."""
 
 
@@ -26,7 +26,7 @@ def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, 
     """Raise UserError if this machine has no shared memory for the buckets, and the model is too large to be sent as text."""
     sizes = [group.nbytes for group in weight_groups(weights_of(arch), dtype, fp8_block, bucket_bytes)]
     needed, total = SEGMENTS * max(sizes), sum(sizes)
-    if total > _MOST_AS_TEXT and not has_room(needed):
+    if total > _MAX_AS_TEXT and not has_room(needed):
         raise UserError(
             f"sglang.sync: {FILES} of {socket.gethostname()} has no room for the {needed / 2**30:.1f} GiB of buffers that "
             f"tensor needs, and sending {total / 2**30:.0f} GiB over HTTP would take hours; start the container with "

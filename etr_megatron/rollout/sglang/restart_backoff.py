@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-_LONGEST = 32
+_MAX_INTERVAL = 32
 """Maximum number of weight syncs between two attempts."""
 
 
@@ -40,7 +40,7 @@ class RestartBackoff:
             elif not is_resting or len(failed) == len(self._names):
                 self._before[name] = self._attempts[name], self._pause[name]
                 self._attempts[name] += 1
-                self._pause[name] = min(2 ** self._attempts[name], _LONGEST) - 1
+                self._pause[name] = min(2 ** self._attempts[name], _MAX_INTERVAL) - 1
                 found.append(name)
         return found
 

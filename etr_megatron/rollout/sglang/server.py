@@ -76,7 +76,7 @@ def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str
     return {**kept, "PATH": path, "no_proxy": "*", "NO_PROXY": "*"}
 
 
-_NEARLY_ALL, _MOST_OF_FREE = 0.9, 0.95
+_NEARLY_ALL, _MAX_OF_FREE = 0.9, 0.95
 """Free fraction of a GPU's memory above which only CUDA contexts can be using the rest; largest fraction of free memory for a
 server."""
 
@@ -153,7 +153,7 @@ def share_of_free(fraction: float, devices: str | None) -> float:
         least = min(free / total for free, total in pairs)
     except (OSError, ValueError, ZeroDivisionError, subprocess.SubprocessError):
         return fraction
-    return fraction if least > _NEARLY_ALL else round(fraction / max(least, fraction / _MOST_OF_FREE), 3)
+    return fraction if least > _NEARLY_ALL else round(fraction / max(least, fraction / _MAX_OF_FREE), 3)
 
 
 class ServerProcess:

@@ -43,7 +43,7 @@ from etr_megatron.rollout.sglang.parts import LATE_S, Rendezvous, merged
 from etr_megatron.rollout.sglang.places import address_towards, parts_of
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 LOST_S = 30.0
 """Seconds without a heartbeat after which a node counts as lost."""
 _HEARD_S = 5.0
@@ -119,7 +119,7 @@ class ServerNodes:
                     hellos[node] = json.loads(self._store.get(f"{node}/hello"))
                     missing.remove(node)
             self._refuse_if(must_stop)
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         for node, said in sorted(hellos.items()):
             if said["problem"]:
                 raise UserError(f"server node {node} ({said['address']}): {said['problem']}")
@@ -220,7 +220,7 @@ class ServerNodes:
                         failed(node)
             if keys:
                 self._refuse_if(must_stop)
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         return {node: found[node] for node in orders}
 
 
@@ -285,7 +285,7 @@ class ServerNode:
                     beats = root.add(f"{name}/beats", 0)
                     if beats != before.setdefault(name, beats):
                         return root, name
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         except dist.DistError:
             pass
         return None
@@ -320,7 +320,7 @@ class ServerNode:
         """Yield (number, order) as orders arrive, until rank 0 is lost."""
         for number in itertools.count():
             while not self._store.check([self._order(number)]):
-                if self._lost.wait(_LOOK_S):
+                if self._lost.wait(_POLL_S):
                     return
             yield number, json.loads(self._store.get(self._order(number)))
 

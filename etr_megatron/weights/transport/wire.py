@@ -35,7 +35,7 @@ _names = itertools.count()
 _LOOKS = 256
 """Polls of an NCCL message per poll of the board."""
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 """Interval of polls of the board while NCCL connects."""
 
 
@@ -153,7 +153,7 @@ class Wire:
                 found.set_exception(error)
 
         threading.Thread(target=run, name="weight_sync", daemon=True).start()
-        while not wait([found], timeout=_LOOK_S).done:
+        while not wait([found], timeout=_POLL_S).done:
             if self.board.seconds_left() <= 0 or self.board.has_failed():
                 raise TimeoutError
         return found.result()
