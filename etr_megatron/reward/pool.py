@@ -20,7 +20,7 @@ MAX_INFLIGHT = 32
 _POLL_S = 60.0
 _SERVE_S = 0.2
 """Longest time in seconds that a thread serves the workers before it sends them what other threads have submitted meanwhile."""
-_POLL_S = 0.01
+_ACQUIRE_S = 0.01
 """Longest wait in seconds for another thread that serves the workers: that thread may get our grades without letting us in."""
 
 
@@ -91,7 +91,7 @@ class GraderPool(FunctionPool):
     def _serve(self, timeout_s: float) -> None:
         """Exchange requests and grades with the workers, waiting up to `timeout_s` for a grade. Does less if another thread is
         doing that."""
-        if not self._serving.acquire(timeout=min(timeout_s, _POLL_S)):
+        if not self._serving.acquire(timeout=min(timeout_s, _ACQUIRE_S)):
             return
         try:
             if self._pool.closed:

@@ -26,7 +26,7 @@ LEFT_BEHIND = "/dev/shm/sglang_loads_"
 """Beginning of the names of files that SGLang leaves, see `shm_path_for` in its load_snapshot.py."""
 
 _POLL_S = 0.2
-_POLL_S, _MAX_POLL_S = 1.0, 60.0
+_SCAN_S, _MAX_SCAN_S = 1.0, 60.0
 """Intervals between looks for a server's file, which double: not all servers have one."""
 _PR_SET_PDEATHSIG = 1
 
@@ -90,11 +90,11 @@ def main() -> int:
         stack.callback(lambda: files.update(files_of(server.pid)))
         os.write(report, str(server.pid).encode())
         os.close(report)
-        look, interval = time.monotonic(), _POLL_S
+        look, interval = time.monotonic(), _SCAN_S
         while server.poll() is None:
             if not files and time.monotonic() >= look:  # while it runs: a server that has died has no open files to look up
                 files |= files_of(server.pid)
-                look, interval = time.monotonic() + interval, min(2 * interval, _MAX_POLL_S)
+                look, interval = time.monotonic() + interval, min(2 * interval, _MAX_SCAN_S)
             ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
             if ready and not os.read(sys.stdin.fileno(), 1):
                 return 0
