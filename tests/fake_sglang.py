@@ -328,6 +328,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
             os._exit(9)  # as SGLang does if asked twice, or to release memory while it generates
         STATE.released ^= tags
     elif route == "/destroy_weights_update_group":
+        if body["group_name"] not in STATE.groups:
+            return 400, {"success": False, "message": "there is no such group"}
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
     elif route == "/update_weight_version" and not BEHAVIOUR.get("stale"):
         STATE.version = body["new_version"]
@@ -344,11 +346,9 @@ WEIGHTS = {
     "/update_weights_from_tensor": take_tensors,
     "/update_weights_from_disk": load_directory,
 }
-ENTRY, BATCH = threading.Lock(), threading.Lock()
-"""Held while a generate request is numbered; while generating, if `busy`."""
-
-SCHEDULER = threading.Lock()
-"""SGLang's scheduler handles weight requests and /server_info one at a time: one that waits blocks the next."""
+ENTRY, BATCH, SCHEDULER = threading.Lock(), threading.Lock(), threading.Lock()
+"""Held while a generate request is numbered; while generating, if `busy`; while a request for weights or /server_info is
+handled: SGLang's scheduler handles these one at a time, and one that waits blocks the next."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -24,8 +24,8 @@ def test_a_server_ends_a_response_where_the_embedded_engine_does(gangs, model, t
         check_cut(before, one, texts)
         assert one["response_ids"] == mine["response_ids"] and one["finish_reason"] == mine["finish_reason"]
         assert one["rollout_logprobs"].tolist() == pytest.approx(mine["rollout_logprobs"].tolist(), abs=1e-5)
-        assert rest["ids"] == one["response_ids"].tolist()[-1:] and rest["finish_reason"] == one["finish_reason"]
-        assert rest["logprobs"] == pytest.approx(one["rollout_logprobs"].tolist()[-1:], abs=1e-5)
+        assert rest["ids"] == one["response_ids"][-1:] and rest["finish_reason"] == one["finish_reason"]
+        assert rest["logprobs"].tolist() == pytest.approx(one["rollout_logprobs"].tolist()[-1:], abs=1e-5)
     whole, seen, missed = ((one["output_ids"], one["meta_info"]) for one in found["spelled"])
     ids = whole[0]
     assert len(bpe().encode(SPELLED, add_special_tokens=False)) < 6 and len(ids) == 32 and len(set(ids)) == 1

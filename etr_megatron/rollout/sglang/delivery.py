@@ -11,7 +11,7 @@ import io
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.client import ServerClient
+from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.quantize import FP8
@@ -134,7 +134,9 @@ def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
         try:
             work()
         except Exception as error:
-            found = error
+            # The frames refer to unfinished work, which would keep gloo's connections open after the group is closed: servers
+            # that wait in the broadcast would not notice, and would count as lost.
+            found = error.with_traceback(None)
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(end, found)
 
@@ -187,13 +189,24 @@ class BroadcastDelivery:
         if all(task.exception() is None for task in done):
             return True
         group.close()
-        replies = await asyncio.gather(*calls, return_exceptions=True)
+        pairs = zip(clients, calls, strict=True)
+        errors = await asyncio.gather(*(self._error_of(client, call, group.name) for client, call in pairs))
         await asyncio.wait([sending], timeout=self._liveness_s)
-        failed = {
-            client: str(reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)
-        }
+        failed = {client: str(error) for client, error in zip(clients, errors, strict=True) if error is not None}
         await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast of weights to it failed"))
         return False
+
+    async def _error_of(self, client: ServerClient, call: Awaitable[Any], group: str) -> Exception | None:
+        """The error of a server's call. If it says that it has received nothing, it leaves the group: in gloo's tree, servers
+        pass the weights on, and those that wait for this one see the connection close."""
+        try:
+            await call
+        except ServerError as error:
+            if error.status is not None:
+                with suppress(ServerError):
+                    await client.call("/destroy_weights_update_group", {"group_name": group}, timeout_s=self._liveness_s)
+            return error
+        return None
 
     async def _blame(self, asked: Sequence[ServerClient], failed: Mapping[ServerClient, str]) -> None:
         """Mark servers that are not alive, because a server that hangs makes others fail. If all are alive, mark those that
