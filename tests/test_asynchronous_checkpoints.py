@@ -62,6 +62,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_threads_write_while_the_policy_is_trained_on_is_byte_for_byte_what_a_save_at_once_writes(
     gangs, hf_models, tmp_path, layout

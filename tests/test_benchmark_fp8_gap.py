@@ -52,6 +52,7 @@ def test_layers_but_not_the_head_are_in_fp8(model):
         assert 0 < (one - other).norm() / one.norm() < 0.1
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_gaps_of_every_pair(model, tmp_path, capsys):
     output = tmp_path / "gap.json"
     assert fp8_gap.main([f"--model={model}", "--samples=2", "--tokens=5", f"--output={output}"]) == 0

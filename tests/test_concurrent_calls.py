@@ -61,6 +61,7 @@ def test_a_process_has_as_many_calls_as_it_may_and_all_processes_about_as_many(e
         assert all_replies(pool) == dict.fromkeys(range(13), said("go")) and len(had) == 13
 
 
+@pytest.mark.slow
 def test_a_late_call_is_cancelled_also_if_it_ignores_that_and_the_process_goes_on(environment, tmp_path):
     with pool_of(environment, timeout_s=5.0) as pool:
         pids = pool.worker_pids
@@ -71,6 +72,7 @@ def test_a_late_call_is_cancelled_also_if_it_ignores_that_and_the_process_goes_o
     assert late.detail == "no reply within environment.timeout_s = 5.0 s; the call was cancelled"
 
 
+@pytest.mark.slow
 def test_a_call_that_blocks_the_event_loop_is_found_among_those_beside_it(environment, monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "_GRACE_S", 0.5)
     (tmp_path / "go").touch()

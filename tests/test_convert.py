@@ -190,6 +190,7 @@ def test_a_policy_started_from_the_converted_directory_has_the_same_weights(gang
         assert_same_bits(found, tensors_of(hf_models[family]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), [*EVERY_FAMILY_AND_LAYOUT_ONCE, *MORE])
 def test_a_training_checkpoint_becomes_what_the_policy_exports(gangs, hf_models, tmp_path, family, layout):
     exported = gangs(LAYOUTS[layout][0]).run(

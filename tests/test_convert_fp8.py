@@ -173,6 +173,7 @@ def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
         to_megatron(fp8, tmp_path / "out", Ranks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_tied", "deepseek_v3"])
 def test_verify_takes_fp8_for_what_it_was_made_of_and_for_what_it_stands_for(gangs, hf_models, tmp_path, family):
     """Bit-equal where possible, else equal once quantised. Logits agree. A single differing scale is reported."""

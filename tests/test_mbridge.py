@@ -28,6 +28,7 @@ def name_of(value) -> str:
     return "-".join(value).replace("parallel.", "").replace("=", "") if isinstance(value, list) else str(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "world", "layout"), CASES, ids=name_of)
 def test_mbridge_exports_the_tensors_that_we_export(gangs, hf_models, family, world, layout):
     for theirs, ours in gangs(world).run("tests.mbridge_jobs:exports", model=hf_models[family], overrides=layout):

@@ -71,6 +71,7 @@ NUMBERS: dict[str, tuple[str, int, list[str], dict[str, list[str]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NUMBERS)
 def test_recomputed_parts_and_fused_kernels_give_the_same_loss_and_gradients(gangs, hf_models, case):
     model, world, overrides, more = NUMBERS[case]

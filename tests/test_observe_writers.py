@@ -278,6 +278,7 @@ def test_report_picture_needs_matplotlib_and_says_so(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert report([str(make_run(tmp_path)), "--png", str(tmp_path / "nowhere" / "curves.png")]) == 2

@@ -71,6 +71,7 @@ def written(folder: Path) -> dict[str, Counter[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "ranks", "layout"),
     [("qwen3", 3, ["parallel.tp=1"]), ("qwen3", 4, ["parallel.tp=2"]), ("qwen3_moe", 4, ["parallel.tp=1", "parallel.ep=2"])],
@@ -100,6 +101,7 @@ def in_megatrons_form(model: str, overrides: list[str], save: str | None = None,
         dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "ours"), [("qwen3_tied", "saves"), ("qwen3_moe", "loads")])
 def test_megatrons_form_and_ours_are_read_as_each_other(gangs, hf_models, tmp_path, family, ours):
     functions = {"saves": ("update_twice", "in_megatrons_form"), "loads": ("in_megatrons_form", "update_twice")}[ours]

@@ -251,6 +251,7 @@ SHAPES = {
 """Widths in roughly the proportions of those models."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "overrides"),
     [

@@ -53,6 +53,7 @@ def prepared(tmp_path_factory) -> str:
     )
 
 
+@pytest.mark.slow
 def test_torch_itself_stays_untouched_and_reports_no_cuda_toolkit_without_a_gpu(prepared):
     assert prepared.startswith("untouched\nfound /usr/local\n")
 

@@ -84,6 +84,7 @@ def references(hf_models, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_factors_get_the_gradients_of_the_merged_weights_in_any_layout(gangs, hf_models, references, layout):
     family, world, overrides = LAYOUTS[layout]

@@ -164,6 +164,7 @@ def test_gradients_of_other_models_equal_autograd_through_transformers(gangs, hf
     check(gangs, hf_models[model], references(model), LAYOUTS["tp1"], "single_pass")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
     [

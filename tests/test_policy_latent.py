@@ -54,6 +54,7 @@ def refuse(model: str, overrides: list[str]) -> None:
     check_architecture("m", read_architecture(model), config, config.parallel.tp)
 
 
+@pytest.mark.slow
 def test_replayed_experts_may_lie_in_other_groups(gangs, hf_models, monkeypatch):
     """The engine's groups, too, are a choice that rounding changes."""
     monkeypatch.setattr(test_routing_replay, "Told", test_glm4_moe.Told)

@@ -89,6 +89,7 @@ def reading(model: str, overrides: list[str], kind: str, folder: str) -> dict[st
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [

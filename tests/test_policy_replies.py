@@ -59,6 +59,7 @@ def clipped(hf_models):
     return test_policy_gradients.reference(hf_models["llama"], sequences())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "way"),
     [*((layout, "single_pass") for layout in LAYOUTS), ("pp2", "recompute"), ("tp2_sp_cp2", "recompute")],

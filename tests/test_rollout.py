@@ -220,6 +220,7 @@ def as_sets(routing, layers: int, per_token: int) -> list[list[set[int]]]:
     return [[set(row.tolist()) for row in of_token] for of_token in torch.tensor(list(routing)).view(-1, layers, per_token)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 4), ("qwen3_moe_dense", 1), ("glm4_moe", 3), ("deepseek_v3", 3)])
 def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gangs, hf_models, family, layers):
     options = dict(temperature=0.9, samples=3, max_tokens=9, stop_ids=list(range(40)))
@@ -233,6 +234,7 @@ def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gan
             assert as_sets(sample["routing"], layers, len(wanted[0][0])) == wanted[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_in_bf16_engine_and_trainer_are_nearer_to_each_other_with_the_same_experts(gangs, tmp_path, family):
     model = write_model(family, tmp_path, moe_intermediate_size=32)  # torch has no grouped bf16 products for some sizes

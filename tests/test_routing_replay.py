@@ -140,11 +140,13 @@ def check(gangs, model: str, routing: list[Tensor], layout: tuple[int, list[str]
             torch.testing.assert_close(change[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprobs_and_gradients_are_those_of_the_experts_that_were_told(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"]), LAYOUTS[layout])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
 def test_replies_too_are_routed_as_the_engine_did(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"]), LAYOUTS[layout], masked_sequences())

@@ -71,6 +71,7 @@ def setting(folder: Path) -> ServerSetting:
     return ServerSetting(str(folder / "model"), "float32", str(folder / "servers"), None, False)
 
 
+@pytest.mark.slow
 def test_rank_0_starts_stops_and_restarts_servers_of_all_nodes_and_each_ends_as_the_run_did(store, tmp_path):
     config = sglang(servers=2)
     names = [f"server {number}" for number in range(4)]

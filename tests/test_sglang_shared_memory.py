@@ -40,6 +40,7 @@ class SharedWith(TensorDelivery):
         await super().deliver(replace(bucket, handles=self.buckets.put(bucket.fields, bucket.flat, names)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("near", "workers"),
     [((), 1), (("server 0",), 3), (("server 0", "server 1", "server 2"), 2)],

@@ -122,6 +122,7 @@ def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypa
     process.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["stopped", "by itself", "without its watchdog"])
 def test_a_servers_file_in_shared_memory_is_removed_with_it_and_no_other(tmp_path, monkeypatch, ends):
     monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)

@@ -37,6 +37,7 @@ def references(models):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2_sp_cp2"), ("qwen3_moe", "tp2_sp_cp2"), ("qwen3_moe", "tp4_sp")])
 def test_logprobs_and_entropy_equal_transformers(gangs, models, family, layout):
     test_policy_logprobs.check(gangs, models[family], *LAYOUTS[layout])
@@ -46,6 +47,7 @@ def test_padded_logits_equal_transformers(gangs, models):
     test_policy_logprobs.check_logits(gangs, models["qwen3"], *LAYOUTS["tp2_sp"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
     [

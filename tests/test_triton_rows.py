@@ -229,6 +229,7 @@ def in_a_new_process(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_not_available_on_cpu_without_the_interpreter_nor_without_triton():
     asks = "import torch; from etr_megatron.vocab_parallel import triton_rows as t; print(t.is_available(torch.device('cpu')))"
     assert in_a_new_process(asks) == "False\n"

@@ -115,6 +115,7 @@ def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_use
         needed("meta", backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_process_takes_no_more_memory_than_the_formula_says(dtype, monkeypatch):
     """Includes temporaries inside operators, which the tests above do not see."""
