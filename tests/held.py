@@ -2,10 +2,9 @@
 
     process = runs.held("step 2", ...)
 
-HOLD is the point and a file. Rank 0, which imports the function to check it, makes the file when it first reaches the point
-(and before that FILE.pid, with its process id), and goes on only after a SIGTERM or `runs.let_go()`; if a thread writes the
-checkpoint, the thread is held, and goes on only after `runs.let_go()`. From then on, a node of servers counts as lost after
-LOST_S seconds, if that is set. Points:
+HOLD is the point and a file. Rank 0, which imports the function to check it, makes the file when it first reaches the point,
+and goes on only after a SIGTERM or `runs.let_go()`; if a thread writes the checkpoint, the thread is held, and goes on only
+after `runs.let_go()`. From then on, a node of servers counts as lost after LOST_S seconds, if that is set. Points:
 
     loading 0     before the model is loaded
     step N        when the row of step N is written; 0: before the first step, or after a resume
@@ -30,7 +29,6 @@ __all__ = ["digit_sum_is_even"]
 
 def _hold(file: Path) -> None:
     told, is_over = threading.Event(), file.with_suffix(".over").exists
-    file.with_suffix(".pid").write_text(str(os.getpid()))
     if threading.current_thread() is not threading.main_thread():  # which gets the signal
         file.touch()
         wait_for(is_over)

@@ -72,11 +72,6 @@ class Runs:
     def is_held(self) -> bool:
         return (self.folder / "held").exists()
 
-    @property
-    def held_pid(self) -> int:
-        """Of rank 0 of the run that is held."""
-        return int((self.folder / "held.pid").read_text())
-
     def let_go(self) -> None:
         (self.folder / "held.over").touch()
 

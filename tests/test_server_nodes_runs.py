@@ -17,7 +17,7 @@ import pytest
 
 from tests import warm
 from tests.ports import reserved_port
-from tests.runs import HELD, Runs, gone, wait_for
+from tests.runs import HELD, Runs, gone, rank_of, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_ane
     three_nodes.wait_for(lambda: runs.is_held)
     before = servers_of(runs)
     saved = runs.saved_rows("apart")
-    os.kill(runs.held_pid, signal.SIGKILL)
+    os.kill(rank_of(three_nodes.processes[0].pid, 0), signal.SIGKILL)
     codes = [process.wait(900) for process in three_nodes.processes]
     assert codes == [0, 0, 0], three_nodes.said()
     assert [row["step"] for row in runs.rows("apart")] == list(range(1, 6))

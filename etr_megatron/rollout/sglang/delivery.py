@@ -144,6 +144,12 @@ def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
     return future
 
 
+async def _leave(client: ServerClient, group: str) -> None:
+    """Ask the server to destroy its side of a group. It is usable even if that fails."""
+    with suppress(ServerError):
+        await client.call("/destroy_weights_update_group", {"group_name": group}, timeout_s=10.0)
+
+
 class BroadcastDelivery:
     """Broadcasts over one process group of rank 0 and all servers' workers. See `Delivery`.
 
@@ -203,8 +209,7 @@ class BroadcastDelivery:
             await call
         except ServerError as error:
             if error.status is not None:
-                with suppress(ServerError):
-                    await client.call("/destroy_weights_update_group", {"group_name": group}, timeout_s=self._liveness_s)
+                await _leave(client, group)
             return error
         return None
 
@@ -260,8 +265,6 @@ class BroadcastDelivery:
     async def close(self) -> None:
         """Leave the group and ask the servers to destroy it. A server is usable even if that request fails."""
         if self._group is not None:
-            body = {"group_name": self._group.name}
             self._group.close()
-            goodbyes = (client.call("/destroy_weights_update_group", body, timeout_s=10.0) for client in self._fleet.serving)
-            await asyncio.gather(*goodbyes, return_exceptions=True)
+            await asyncio.gather(*(_leave(client, self._group.name) for client in self._fleet.serving))
         self._group, self._members = None, []
